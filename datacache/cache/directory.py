@@ -1,0 +1,378 @@
+"""
+A tier in a directory: tmpfs or a disk.
+
+`DirectoryTier` is the health of a tier; the copies are kept by a `Store`. A store that fails (EIO,
+read-only, deleted underneath) is set aside with one warning: from then on its entries are empty and
+fills raise TierBroken, so reads go on from other tiers and the source. Every ten seconds the keeper,
+the one thread of the tier, tries to open the directory anew; when that works the tier is back by
+itself, with what is still there.
+"""
+
+import errno
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from datacache.cache.disk import Disk
+from datacache.cache.owner import MANAGED, Owner, read_owner
+from datacache.cache.store import Entry, Rules, Store
+from datacache.cache.tier import EntryStats, TierStats
+from datacache.clock import Clock
+from datacache.errors import CacheError, Damaged, TierBroken, TierFull
+from datacache.model import Buffer, ByteRange, CacheKey, format_size
+
+log = logging.getLogger(__name__)
+
+RETRY_EVERY = 10.0
+"""Seconds between two tries of a tier that was set aside."""
+_PACE = 1.0
+"""Real seconds between two rounds of the keeper. What a round does is decided by the tier's clock."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+
+
+class DirectoryTier:
+    """Copies in the sub-directory `datacache-cache` of a directory. Thread-safe."""
+
+    def __init__(
+        self,
+        path: str,
+        rules: Rules,
+        *,
+        owner: Owner,
+        clock: Clock,
+        disk: Disk | None = None,
+        boot: str | None = None,
+        keeper: bool = True,
+    ) -> None:
+        """Own the directory. Raises Locked, and OSError where it cannot be made or written.
+
+        `boot` names this boot of the machine; without `keeper` nobody but the caller calls `upkeep`.
+        """
+        self.name, self.path, self.rules = rules.name, path, rules
+        self._owner, self._clock, self._disk = owner, clock, disk or Disk()
+        self._boot = boot or Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # Guards the next three. Invariant: `_store` is None exactly while the tier is set aside or
+        # closed, and no other store of ours is alive then, but for one that is waiting to be dropped
+        # by the next `upkeep` (in `_failed`).
+        self._lock = threading.Lock()
+        self._store: Store | None = None
+        self._failed: Store | None = None
+        self._reason = ""
+        # These belong to whoever holds `_keeping`: the keeper, mostly.
+        self._keeping = threading.Lock()
+        self._retry_at = 0.0
+        self._start_over = False
+        self._last = (0, 0, "", 0, 0)
+        self._store = self._open_store()
+        self._device = os.stat(path).st_dev
+        self._stop = threading.Event()
+        self._keeper: threading.Thread | None = None
+        if keeper:
+            self._keeper = threading.Thread(target=self._keep, name=f"datacache-keeper-{self.name}")
+            self._keeper.start()
+
+    def __repr__(self) -> str:
+        return f"<DirectoryTier {self.name} {self._reason or self._store}>"
+
+    # ---- Tier -----------------------------------------------------------------------------------
+
+    def open(self, key: CacheKey) -> "DirectoryFile":
+        file = DirectoryFile(self, key)
+        self.attach(file)
+        return file
+
+    def present(self, key: CacheKey) -> int:
+        return sum(span.length for span in self.ranges(key))
+
+    def ranges(self, key: CacheKey) -> list[ByteRange]:
+        """Which bytes of `key` are present, without opening it."""
+        store = self._store
+        if store is not None:
+            try:
+                return store.ranges(bytes.fromhex(key.digest))
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
+        return []
+
+    def evict(self, key: CacheKey) -> int:
+        store = self._store
+        if store is not None:
+            try:
+                return store.evict(bytes.fromhex(key.digest))[0]
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
+        return 0
+
+    def pin(self, key: CacheKey, pinned: bool) -> None:
+        self._mark(key, pinned=pinned)
+
+    def supersede(self, key: CacheKey) -> None:
+        self._mark(key, superseded=True)
+
+    def _mark(self, key: CacheKey, *, pinned: bool | None = None, superseded: bool | None = None) -> None:
+        store = self._store
+        if store is not None:
+            try:
+                store.mark(bytes.fromhex(key.digest), pinned=pinned, superseded=superseded)
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
+
+    def entries(self) -> Iterator[EntryStats]:
+        store = self._store
+        if store is not None:
+            try:
+                store.flush()
+                for row in store.catalogue.rows():
+                    yield EntryStats(row.key, self.name, row.present, row.pinned, row.last_open)
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
+
+    def stats(self) -> tuple[TierStats, ...]:
+        with self._lock:
+            store, reason = self._store, self._reason
+        used, count, full, evicted, damaged = store.figures() if store is not None else self._last
+        state = "broken" if store is None else "full" if full else "ok"
+        figures = (state, reason if store is None else full, evicted, damaged)
+        return (TierStats(self.name, self.rules.quota, used, count, *figures),)
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._keeper is not None:
+            self._keeper.join()
+        with self._keeping:
+            with self._lock:
+                store, self._store, self._reason = self._store, None, "it is closed"
+                failed, self._failed = self._failed, None
+            if failed is not None:
+                failed.drop()
+            if store is not None:
+                try:
+                    store.close()
+                except (OSError, sqlite3.Error) as error:
+                    log.warning("cache tier %s was not left in order: %s", self.name, error)
+                    store.drop()
+
+    # ---- more than a Tier must ------------------------------------------------------------------
+
+    def recheck(self, key: CacheKey) -> int:
+        """Hold what is present of `key` against its checksums; how many blocks were bad and are dropped.
+        Raises TierBroken."""
+        store = self._store
+        if store is None:
+            raise self.trouble(None, None)
+        try:
+            row = store.catalogue.find(bytes.fromhex(key.digest))
+            return store.inspect(row, repair=True).damaged if row is not None else 0
+        except (OSError, sqlite3.Error) as error:
+            raise self.trouble(store, error) from error
+
+    def coldest(self, over_by: int) -> list[CacheKey]:
+        """Entries that free `over_by` bytes if they go, in the order in which a tier that evicts by
+        last open would have them go."""
+        store = self._store
+        if store is None:
+            return []
+        try:
+            return store.coldest(over_by)
+        except (OSError, sqlite3.Error) as error:
+            self.trouble(store, error)
+            return []
+
+    @property
+    def store(self) -> Store | None:
+        """What is in the directory; None while the tier is set aside. For `verify`."""
+        return self._store
+
+    def abandon(self) -> None:
+        """Let go at once and leave everything as it lies, as `kill -9` would. For tests."""
+        self._stop.set()
+        if self._keeper is not None:
+            self._keeper.join()
+        with self._lock:
+            stores = (self._store, self._failed)
+            self._store, self._failed, self._reason = None, None, "it is closed"
+        for store in stores:
+            if store is not None:
+                store.drop()
+
+    # ---- health ---------------------------------------------------------------------------------
+
+    def _open_store(self) -> Store:
+        return Store(
+            self.path,
+            self.rules,
+            owner=self._owner,
+            clock=self._clock,
+            disk=self._disk,
+            boot=self._boot,
+            fresh=self._start_over,
+        )
+
+    def trouble(self, store: Store | None, error: Exception | None) -> CacheError:
+        """What an error of `store` means to a caller. Sets the tier aside, unless it is just full."""
+        if isinstance(error, OSError) and error.errno in _NO_DESCRIPTORS:
+            return TierFull(f"cache tier {self.name}: {error.strerror}; raise the limit (ulimit -n)")
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if full or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+            return TierFull(f"cache tier {self.name} is full: {error}")
+        with self._lock:
+            if store is not None and store is self._store:
+                store.dead = True
+                self._last = store.figures()
+                self._store, self._failed, self._reason = None, store, _cause(error)
+                self._retry_at = self._clock.monotonic() + RETRY_EVERY
+                # NOTADB and CORRUPT: the medium works, but what the catalogue says is lost.
+                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+                self._start_over = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+                log.warning(
+                    "cache tier %s is set aside: %s. Reads go on without it; it is tried again every %.0f s",
+                    self.name,
+                    self._reason,
+                    RETRY_EVERY,
+                )
+            return TierBroken(f"cache tier {self.name} is set aside: {self._reason or _cause(error)}")
+
+    def upkeep(self) -> None:
+        """One round of what the keeper does: sync, evict ahead, look for what a crash left behind, and
+        try a tier that was set aside."""
+        with self._keeping:
+            store = self._store
+            if store is not None:
+                try:
+                    store.upkeep()
+                except (OSError, sqlite3.Error) as error:
+                    self.trouble(store, error)
+            elif not self._stop.is_set() and self._clock.monotonic() >= self._retry_at:
+                self._retry_at = self._clock.monotonic() + RETRY_EVERY
+                self._revive()
+
+    def _revive(self) -> None:
+        with self._lock:
+            failed, self._failed = self._failed, None
+        if failed is not None:
+            failed.drop()
+        try:
+            self._check_device()
+            store = self._open_store()
+            try:
+                store.probe()
+            except BaseException:
+                store.drop()
+                raise
+        except (OSError, sqlite3.Error, CacheError) as error:
+            with self._lock:
+                self._reason = _cause(error)
+            return
+        with self._lock:
+            self._store, self._reason, self._start_over = store, "", False
+        used, count = store.figures()[:2]
+        log.info("cache tier %s is back, with %d entries, %s", self.name, count, format_size(used))
+
+    def _check_device(self) -> None:
+        """Raise OSError when the directory's file system is not mounted any more: what is there now
+        is the mount point, on a file system that nobody gave us."""
+        path = self.path
+        while not os.path.lexists(path):
+            path = os.path.dirname(path)
+        if os.stat(path).st_dev != self._device:
+            raise OSError(errno.ENODEV, "another file system is there now", self.path)
+
+    def _keep(self) -> None:
+        while not self._stop.wait(_PACE):
+            self.upkeep()
+
+    # ---- for DirectoryFile ----------------------------------------------------------------------
+
+    def attach(self, file: "DirectoryFile") -> "tuple[Store, Entry] | None":
+        """Give a file an entry of the living store, if there is one."""
+        with file.lock:
+            store = self._store
+            if store is None or file.closed:
+                return None
+            if file.held is None or file.held[0] is not store:
+                try:
+                    file.held = (store, store.open(file.key))
+                except (OSError, sqlite3.Error) as error:
+                    self.trouble(store, error)
+                    return None
+            return file.held
+
+
+class DirectoryFile:
+    """One open of an entry. After its tier was set aside it is empty, until the tier is back."""
+
+    __slots__ = ("_tier", "closed", "held", "key", "lock")
+
+    def __init__(self, tier: DirectoryTier, key: CacheKey) -> None:
+        self._tier, self.key = tier, key
+        # Guards changes of the next two. `held` changes when a tier comes back; an entry of a dead
+        # store needs no release.
+        self.lock = threading.Lock()
+        self.closed = False
+        self.held: tuple[Store, Entry] | None = None
+
+    def __repr__(self) -> str:
+        return f"<DirectoryFile {self._tier.name} {self.key.key!r}{' closed' * self.closed}>"
+
+    def _alive(self) -> tuple[Store, Entry] | None:
+        held = self.held
+        return self._tier.attach(self) if held is None or held[0].dead else held
+
+    def gaps(self, span: ByteRange) -> list[ByteRange]:
+        held = self._alive()
+        if held is None:
+            return [span] if span.start < span.stop else []
+        return held[0].gaps(held[1], span)
+
+    def read(self, span: ByteRange) -> Buffer:
+        held = self._alive()
+        if held is None:
+            raise self._tier.trouble(None, None)
+        try:
+            return held[0].read(held[1], span)
+        except (OSError, sqlite3.Error) as error:
+            raise self._tier.trouble(held[0], error) from error
+
+    def read_nowait(self, span: ByteRange) -> Buffer | None:
+        held = self.held
+        if held is None or held[0].dead:
+            return None
+        try:
+            return held[0].read_nowait(held[1], span)
+        except OSError:
+            return None  # `read` finds out
+
+    def fill(self, start: int, data: Buffer) -> None:
+        held = self._alive()
+        if held is None:
+            raise self._tier.trouble(None, None)
+        try:
+            held[0].fill(held[1], start, data)
+        except (OSError, sqlite3.Error) as error:
+            raise self._tier.trouble(held[0], error) from error
+
+    def close(self) -> None:
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            held, self.held = self.held, None
+        if held is not None:
+            store, entry = held
+            try:
+                store.release(entry)
+            except (OSError, sqlite3.Error) as error:
+                self._tier.trouble(store, error)
+
+
+def _cause(error: Exception | None) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return str(error)
+
+
+__all__ = ["MANAGED", "Damaged", "DirectoryFile", "DirectoryTier", "Owner", "Rules", "read_owner"]

@@ -1,0 +1,112 @@
+"""
+The seam between the reader and every place of copies.
+
+A tier holds cache entries: at most one per `CacheKey`, filled piece by piece. Whoever reads opens
+the entry, asks what is missing (`gaps`), fills it, reads it. An entry that nothing was ever filled
+into leaves no trace. Nothing here ever makes a read fail for good: every error of a tier is a
+`CacheError`, on which the reader goes to the store.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from datacache.model import Buffer, ByteRange, CacheKey
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """What a tier looks like now. `datacache status` and the metrics print this same value."""
+
+    name: str
+    """`mem:/dev/shm/x`."""
+    quota: int
+    used: int
+    """Bytes of the copies, entries unlinked while open included."""
+    entries: int
+    state: str
+    """`ok`, `full` or `broken`."""
+    reason: str = ""
+    """Why it is full or broken, for people."""
+    evicted: int = 0
+    """Entries evicted since start."""
+    damaged: int = 0
+    """Blocks that did not match their checksum since start."""
+
+
+@dataclass(frozen=True)
+class EntryStats:
+    """One cache entry, for `ls`, `stat` and `evict`."""
+
+    key: CacheKey
+    tier: str
+    present: int
+    """Bytes present."""
+    pinned: bool
+    last_open: float
+    """Wall time of the last open."""
+
+    @property
+    def whole(self) -> bool:
+        return self.present >= self.key.size
+
+
+class CachedFile(Protocol):
+    """One open cache entry. Thread-safe; while it is open its bytes stay readable, evicted or not."""
+
+    def gaps(self, span: ByteRange) -> list[ByteRange]:
+        """The parts of `span` that are not present, in order. Empty: `read` will do."""
+
+    def read(self, span: ByteRange) -> Buffer:
+        """Bytes `span`, which must be present.
+
+        Blocks that are in doubt (see docs/on-disk-format.md) are held against their checksum
+        first. Raises Damaged when one does not match (it is a gap from then on) and TierBroken.
+        """
+
+    def read_nowait(self, span: ByteRange) -> Buffer | None:
+        """Bytes `span` if they are present, beyond doubt and in memory; None where that would block
+        or is not so. Never raises."""
+
+    def fill(self, start: int, data: Buffer) -> None:
+        """Keep `data` at offset `start`. What of it is present already stays as it is.
+
+        When this returns the bytes are readable and survive the death of the process. Raises
+        TierFull (nothing was kept, or only a part at the front) and TierBroken.
+        """
+
+    def close(self) -> None:
+        """Let go. Idempotent."""
+
+
+class Tier(Protocol):
+    """A place of copies. Thread-safe."""
+
+    def open(self, key: CacheKey) -> CachedFile:
+        """Open the entry of `key`, which need not exist yet. Counts as its last open. Never raises:
+        a broken tier opens entries with nothing in them."""
+
+    def present(self, key: CacheKey) -> int:
+        """Bytes present of `key`, without opening it."""
+
+    def evict(self, key: CacheKey) -> int:
+        """Drop the entry; the bytes that it held. Open files of it stay readable. Pinned or not."""
+
+    def pin(self, key: CacheKey, pinned: bool) -> None:
+        """Keep the entry from eviction by policy, or no longer."""
+
+    def recheck(self, key: CacheKey) -> int:
+        """Hold what is present of the entry against its checksums now, whatever was proven before; how
+        many pieces were bad and are dropped. Raises TierBroken. What `load --verify` does."""
+
+    def supersede(self, key: CacheKey) -> None:
+        """The store has another version now: this entry may go before all others."""
+
+    def entries(self) -> Iterator[EntryStats]:
+        """All entries, of all data sets, in no order."""
+
+    def stats(self) -> tuple[TierStats, ...]:
+        """How it is now: one value a leaf tier, fastest first."""
+
+    def close(self) -> None:
+        """Let go of the directory. No open file is read afterwards."""

@@ -1,0 +1,1 @@
+"""One module a command: parse, make one call, print. `main` maps errors to exit codes."""

@@ -1,0 +1,33 @@
+"""`datacache evict`: drop cached copies. The bucket is not touched; open files stay readable."""
+
+import argparse
+
+from datacache.cli import flags, targets
+from datacache.cli.tables import as_json
+from datacache.model import format_size
+
+EXAMPLES = """\
+examples:
+  datacache evict /mnt/train/old --dry-run
+  datacache evict imagenet:/train/old
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Drop the cached copies of a file, or of all files below a directory, pinned or not."
+    parser.epilog = EXAMPLES
+    parser.add_argument("path", metavar="PATH", help="a path in a mount, or NAME:/path of a mounted data set")
+    parser.add_argument("--dry-run", action="store_true", help="say what would go, and leave it")
+    flags.add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evict, and say how much."""
+    place = targets.place(args.path)
+    files, size = place.control().evict(place.path, dry_run=args.dry_run)
+    if args.json:
+        print(as_json({"path": args.path, "files": files, "bytes": size, "dry_run": args.dry_run}))
+    else:
+        what = "would be evicted" if args.dry_run else "evicted"
+        print(f"{args.path}: {files} files, {format_size(size)} {what}")
+    return 0

@@ -1,0 +1,120 @@
+"""
+A load job, followed until it ends: a live bar on a terminal, a line every few seconds elsewhere.
+
+`rate` and `left` are pure. Bytes that were there before the job began are no work of the job, so
+rate and ETA count fetched bytes only.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from datacache.cli.tables import span
+from datacache.clock import Clock, SystemClock
+from datacache.model import format_size
+from datacache.reading.job import LoadStatus
+
+if TYPE_CHECKING:
+    from datacache.cluster.control import Control
+
+LOOK = 0.25
+"""Seconds between two looks at a job: a bar that moves; a look costs the worker microseconds."""
+LINE = 5.0
+"""Seconds between two lines where there is no terminal: a log that can be read later."""
+
+
+def rate(status: LoadStatus) -> float:
+    """Bytes fetched per second."""
+    return status.bytes_fetched / status.seconds if status.seconds else 0.0
+
+
+def left(status: LoadStatus) -> float:
+    """Seconds until the job is done at the rate so far; inf while nobody knows."""
+    speed = rate(status)
+    todo = status.bytes - status.bytes_done
+    if not status.listed or (todo > 0 and not speed):
+        return float("inf")
+    return max(0, todo) / speed if speed else 0.0
+
+
+def line(status: LoadStatus) -> str:
+    """ "120 of 400 files, 1.2 GiB of 4.0 GiB, 230.0 MiB/s, 12s left"."""
+    more = "" if status.listed else "+"
+    parts = [
+        f"{status.files_done} of {status.files}{more} files",
+        f"{format_size(status.bytes_done)} of {format_size(status.bytes)}{more}",
+        f"{format_size(rate(status))}/s",
+    ]
+    if status.state == "running":
+        parts.append(f"{span(left(status))} left")
+    if status.files_failed:
+        parts.append(f"{status.files_failed} failed")
+    return ", ".join(parts)
+
+
+def follow(
+    control: "Control", job: str, *, out: TextIO = sys.stderr, quiet: bool = False, clock: Clock | None = None
+) -> LoadStatus:
+    """Show how `job` is doing on `out` until it ends; how it ended."""
+    clock = clock or SystemClock()
+    never = threading.Event()
+    show = _silence if quiet else _bar if out.isatty() else _lines
+    with show(out, clock) as update:
+        while True:
+            status = control.load_status(job)
+            update(status)
+            if status.state != "running":
+                return status
+            clock.wait(never, LOOK)
+
+
+Update = Callable[[LoadStatus], None]
+
+
+@contextmanager
+def _silence(out: TextIO, clock: Clock) -> Iterator[Update]:
+    yield lambda status: None
+
+
+@contextmanager
+def _lines(out: TextIO, clock: Clock) -> Iterator[Update]:
+    last = clock.monotonic()
+
+    def update(status: LoadStatus) -> None:
+        nonlocal last
+        if status.state == "running" and clock.monotonic() - last >= LINE:
+            last = clock.monotonic()
+            print(line(status), file=out, flush=True)
+
+    yield update
+
+
+@contextmanager
+def _bar(out: TextIO, clock: Clock) -> Iterator[Update]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    with Progress(
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.description}", markup=False),
+        console=Console(file=out),
+        transient=True,
+        auto_refresh=False,  # no thread of its own: we look often enough
+    ) as bar:
+        task = bar.add_task("listing")
+
+        def update(status: LoadStatus) -> None:
+            # An empty selection and files of no bytes must still fill the bar: each file counts a little.
+            total = status.bytes + status.files
+            bar.update(
+                task,
+                completed=status.bytes_done + status.files_done,
+                total=total or None if status.listed or total else None,
+                description=line(status),
+            )
+            bar.refresh()
+
+        yield update

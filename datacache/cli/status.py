@@ -1,0 +1,125 @@
+"""
+`datacache status`: how mounts and their caches are doing.
+
+The figures are the worker's own (`Control.status`); this prints them. A mount that does not answer
+is a line, not the end: the others are shown.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from datacache.cli import flags, targets
+from datacache.cli.tables import as_json, columns, printable, share, span, when
+from datacache.clock import Clock, SystemClock
+from datacache.errors import DatacacheError, SettingError
+from datacache.model import format_size, parse_duration
+
+if TYPE_CHECKING:
+    from datacache.cluster.registry import Registration
+
+ANSWER_TIMEOUT = 10.0
+"""Seconds for a worker to say how it is. It asks no store for that."""
+_SCRIPTS_ONLY = ("mounts",)
+"""What --json has and nobody reads twice: `sources` names the stores."""
+_EMPTY: tuple[object, ...] = ({}, [], "", None)
+
+EXAMPLES = """\
+examples:
+  datacache status                 every mount of this machine, a block each
+  datacache status /mnt/train --watch
+  datacache status --json | jq '.mounts[].dataset'
+
+exit codes: 0 they answer; 1 one does not, or there is no such mount.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Bytes, files, hit ratios and errors of running mounts and their tiers."
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "target", nargs="?", metavar="TARGET", help="mount directory, data set or URI; default: all"
+    )
+    parser.add_argument("--watch", action="store_true", help="show it again and again, until Ctrl-C")
+    parser.add_argument(
+        "--interval", metavar="DURATION", default="2s", help="how often with --watch; default 2s"
+    )
+    flags.add_json_flag(parser)
+
+
+def run(args: argparse.Namespace, *, clock: Clock | None = None) -> int:
+    """Print how it is. 1 when a mount does not answer."""
+    clock = clock or SystemClock()
+    interval = parse_duration(args.interval, name="--interval")
+    if not 0.1 <= interval < float("inf"):
+        raise SettingError("--interval", args.interval, "0.1s or more")
+    while True:
+        code = _once(args.target, json=args.json, clear=args.watch and not args.json and sys.stdout.isatty())
+        if not args.watch:
+            return code
+        sys.stdout.flush()
+        clock.sleep(interval)
+
+
+def _once(target: str | None, *, json: bool, clear: bool) -> int:
+    workers = [targets.place(target).worker] if target else targets.live()
+    found = [_ask(worker) for worker in workers]
+    if json:
+        print(as_json(found[0] if target else {"mounts": found}))
+    else:
+        text = "\n\n".join("\n".join(describe(status)) for status in found) or "nothing is mounted"
+        # Home and clear to the end, not clear and home: the screen does not flicker.
+        print(f"\x1b[H\x1b[J{text}" if clear else text)
+    return 1 if any("error" in status for status in found) else 0
+
+
+def _ask(worker: "Registration") -> dict[str, Any]:
+    known = {"dataset": worker.dataset, "mount": worker.mount, "pid": worker.pid}
+    try:
+        return known | targets.Place(worker, "/").control(timeout=ANSWER_TIMEOUT).status()
+    except DatacacheError as error:
+        return known | {"error": str(error)}
+
+
+def describe(status: Mapping[str, Any]) -> list[str]:
+    """One mount's status as lines: what it is, its tiers, then every other group of figures."""
+    lines = [f"{status['dataset']} at {status['mount'] or '(no mount)'}, process {status['pid']}"]
+    if "error" in status:
+        return [*lines, f"  does not answer: {status['error']}"]
+    rows = [["TIER", "STATE", "USED", "QUOTA", "FULL", "FILES", "EVICTED", "DAMAGED"]]
+    reasons = []
+    for tier in status.get("tiers", []):
+        used, quota = tier["used"], tier["quota"]
+        rows.append(
+            [
+                tier["name"], tier["state"], format_size(used), format_size(quota), share(used, quota),
+                str(tier["entries"]), str(tier["evicted"]), str(tier["damaged"]),
+            ]
+        )  # fmt: skip
+        if tier.get("reason"):
+            reasons.append(f"{tier['name']}: {tier['reason']}")
+    lines += [f"  {line}" for line in [*columns(rows, right=range(2, 8)), *reasons]]
+    for name, value in status.items():
+        if name not in ("dataset", "mount", "pid", "tiers", *_SCRIPTS_ONLY) and value not in _EMPTY:
+            lines.append(f"  {name}: {_short(name, value)}")
+    return lines
+
+
+def _short(name: str, value: Any) -> str:
+    """A figure, or a group of them on one line, as people write it; its name says of what kind it is."""
+    if isinstance(value, Mapping):
+        parts = {key: part for key, part in value.items() if part not in _EMPTY and key not in _SCRIPTS_ONLY}
+        return ", ".join(f"{key} {_short(key, part)}" for key, part in parts.items())
+    if isinstance(value, list):
+        return "; ".join(_short(name, part) for part in value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and name == "started":
+        return when(int(value * 1e9))
+    if number and "ratio" in name:
+        return f"{value:.1%}"
+    if number and ("bytes" in name or name.startswith("memory")):
+        return format_size(value)
+    if number and name.endswith(("uptime", "seconds")):
+        return span(value)
+    return printable(f"{value:g}" if isinstance(value, float) else str(value))

@@ -1,0 +1,110 @@
+"""
+`datacache umount`: unmount, and return when the daemon has ended and let go of its cache.
+
+Done already is done: a directory where nothing is mounted is no error, so that scripts and service
+managers may ask twice.
+"""
+
+import argparse
+import os
+import select
+import signal
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from datacache.errors import MountError, SettingError
+
+if TYPE_CHECKING:
+    from datacache.cluster.registry import Registration
+
+END_TIMEOUT = 30.0
+"""Seconds in which a daemon without a mount must have ended: it abandons its fetches and closes its cache."""
+FORCE_TIMEOUT = 3.0
+"""The same with --force, before it is killed. Its cache survives that."""
+
+EXAMPLES = """\
+examples:
+  datacache umount /mnt/train
+  datacache umount /mnt/train --lazy      detach now; the daemon ends with the last open file
+  datacache umount /mnt/train --force     abort what is being read, end a daemon that hangs
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Unmount, and wait for the daemon to end. Nothing mounted there is no error."
+    parser.epilog = EXAMPLES
+    parser.add_argument("target", metavar="DIR", help="where it is mounted, or the name of the data set")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--lazy", action="store_true", help="detach now and return; who has files open may go on reading them"
+    )
+    how.add_argument(
+        "--force", action="store_true", help="abort the reads under way, and kill a daemon that does not end"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Unmount. 0 when nothing of it is left (with --lazy: when it is detached)."""
+    from fuse import mountpoint
+
+    info = mountpoint.is_mounted(args.target)
+    worker = _worker(args.target, info.directory if info is not None else "")
+    directory = worker.mount if worker is not None else os.path.abspath(args.target)
+    if worker is None and info is None:
+        if not os.path.isdir(directory):
+            raise SettingError("DIR", args.target, "a directory, or the name of a mounted data set")
+        print(f"{directory}: nothing of datacache is mounted there")
+        return 0
+    if mountpoint.clean_stale(directory):
+        return 0
+    # Opened before the unmount: afterwards the number may belong to another process.
+    daemon = _process(worker.pid) if worker is not None else -1
+    try:
+        if mountpoint.is_mounted(directory) is not None:  # else it is on its way out already
+            mountpoint.unmount(directory, lazy=args.lazy, force=args.force)
+        if args.lazy:
+            print(f"{directory}: detached; its daemon ends when the last open file is closed")
+            return 0
+        if worker is not None:
+            _wait_for(daemon, worker.pid, force=args.force)
+    finally:
+        if daemon >= 0:
+            os.close(daemon)
+    print(f"{directory}: unmounted")
+    return 0
+
+
+def _worker(target: str, mounted: str) -> "Registration | None":
+    """The live worker whose mount, or data set, `target` names."""
+    from datacache.cli import targets
+
+    for worker in targets.live():
+        if worker.mount and (
+            worker.mount in (mounted, os.path.abspath(target)) or (not mounted and worker.dataset == target)
+        ):
+            return worker
+    return None
+
+
+def _process(pid: int) -> int:
+    """A descriptor of the process, or -1 when it is gone."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def _wait_for(process: int, pid: int, *, force: bool) -> None:
+    """Return when the process has ended. Raises MountError when it does not in time."""
+    if process < 0 or _ended(process, FORCE_TIMEOUT if force else END_TIMEOUT):
+        return
+    if force:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        if _ended(process, END_TIMEOUT):
+            return
+    raise MountError(f"unmounted, but the daemon (process {pid}) has not ended; `kill -9 {pid}` ends it")
+
+
+def _ended(process: int, seconds: float) -> bool:
+    return bool(select.select([process], [], [], seconds)[0])

@@ -1,0 +1,133 @@
+"""
+A worker on the other side of its socket: `Control` as HTTP over a Unix socket.
+
+One short connection a call, so that nothing is to be closed and a client may be used from any
+thread. What the worker raised is raised here again, as the same class. docs/api.md has the calls.
+"""
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from datacache import errors
+from datacache.cluster import registry
+from datacache.cluster.control import CachedPath
+from datacache.errors import ControlError, DatacacheError
+from datacache.reading.job import LoadRequest, LoadStatus
+
+TIMEOUT = 120.0
+"""Seconds without a byte after which a call is given up. A listing at a store that is away takes its
+30 s; this is well above."""
+
+
+class ControlClient:
+    """Implements `control.Control` by asking the worker that listens at `socket_path`."""
+
+    def __init__(self, socket_path: str, *, timeout: float = TIMEOUT) -> None:
+        self._path, self._timeout = socket_path, timeout
+
+    def __repr__(self) -> str:
+        return f"<ControlClient {self._path}>"
+
+    def status(self) -> dict[str, Any]:
+        return dict(self._call("GET", "/v1/status"))
+
+    def load(self, request: LoadRequest) -> str:
+        return str(self._call("POST", "/v1/loads", asdict(request))["job"])
+
+    def load_status(self, job: str) -> LoadStatus:
+        return _load_status(self._call("POST", "/v1/loads/status", {"job": job}))
+
+    def load_cancel(self, job: str) -> None:
+        self._call("POST", "/v1/loads/cancel", {"job": job})
+
+    def list(self, path: str, *, after: int = 0, limit: int = 1000) -> tuple[list[CachedPath], int]:
+        page = self._call("POST", "/v1/list", {"path": path, "after": after, "limit": limit})
+        return [CachedPath(**item) for item in page["entries"]], int(page["after"])
+
+    def stat(self, path: str) -> CachedPath:
+        return CachedPath(**self._call("POST", "/v1/stat", {"path": path}))
+
+    def evict(self, path: str, *, dry_run: bool = False) -> tuple[int, int]:
+        done = self._call("POST", "/v1/evict", {"path": path, "dry_run": dry_run})
+        return int(done["files"]), int(done["bytes"])
+
+    def pin(self, path: str, pinned: bool) -> int:
+        return int(self._call("POST", "/v1/pin", {"path": path, "pinned": pinned})["files"])
+
+    def verify(self) -> dict[str, int]:
+        # It reads the whole cache: as long as the worker lives it is waited for.
+        return dict(self._call("POST", "/v1/verify", {}, patient=True))
+
+    def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patient: bool = False
+    ) -> Any:
+        connection = _UnixConnection(self._path, timeout=self._timeout)
+        text = None if body is None else json.dumps(body)
+        try:
+            connection.connect()
+            if patient:
+                connection.sock.settimeout(None)
+            connection.request(method, path, text, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            raw = response.read()
+            answer = json.loads(raw)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ControlError(f"{self._who()} does not answer ({_reason(error)})") from error
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise _raised(answer)
+        return answer
+
+    def _who(self) -> str:
+        known = registry.at_socket(self._path)
+        if known is None:
+            return f"the worker at {self._path}"
+        what = f"the mount at {known.mount}" if known.mount else f"the worker of {known.dataset}"
+        return f"{what} (pid {known.pid})"
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, *, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        # Through its directory: the address of a Unix socket has room for 107 bytes only.
+        directory = os.open(os.path.dirname(self._path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(f"/proc/self/fd/{directory}/{os.path.basename(self._path)}")
+        finally:
+            os.close(directory)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "it took too long"
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return "it has ended"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _load_status(answer: Mapping[str, Any]) -> LoadStatus:
+    failures = tuple((path, reason) for path, reason in answer["failures"])
+    return LoadStatus(**{**answer, "failures": failures})
+
+
+def _raised(answer: Mapping[str, Any]) -> DatacacheError:
+    """The error that the worker raised."""
+    kind = getattr(errors, str(answer.get("kind")), ControlError)
+    if not (isinstance(kind, type) and issubclass(kind, DatacacheError)):
+        kind = ControlError
+    error: DatacacheError = kind.__new__(kind)
+    # Not by its constructor: the message is made already, and the fields are what they were there.
+    error.args = (str(answer.get("error")),)
+    vars(error).update(answer.get("fields", {}))
+    return error

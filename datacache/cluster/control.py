@@ -1,0 +1,59 @@
+"""
+What may be asked of a running worker, by the command line now and by a controller later.
+
+`worker.Worker` implements it; `server` offers it over HTTP and `client` is it again on the other
+side of the socket, so that a command neither knows nor cares whether it works on a mount's worker
+or on one of its own.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from datacache.reading.job import LoadRequest, LoadStatus
+
+
+@dataclass(frozen=True)
+class CachedPath:
+    """A path and what of it is cached where; for `ls` and `stat`."""
+
+    path: str
+    kind: str
+    """`file` or `directory`."""
+    size: int
+    mtime_ns: int = 0
+    version: str = ""
+    uri: str = ""
+    cached: dict[str, int] = field(default_factory=dict)
+    """Bytes present by tier name."""
+    pinned: bool = False
+
+
+class Control(Protocol):
+    """A worker, near or far. Raises DatacacheErrors; blocking."""
+
+    def status(self) -> dict[str, Any]:
+        """Everything that `datacache status --json` prints; keys are described in docs/operations.md."""
+
+    def load(self, request: LoadRequest) -> str:
+        """Start a load job; its id."""
+
+    def load_status(self, job: str) -> LoadStatus:
+        """How a job is doing; jobs that ended are remembered (the last 100)."""
+
+    def load_cancel(self, job: str) -> None:
+        """Ask a job to stop; what it has fetched stays."""
+
+    def list(self, path: str, *, after: int = 0, limit: int = 1000) -> tuple[list[CachedPath], int]:
+        """Entries of a directory (or the one file), and the `after` of the next call; 0 at the end."""
+
+    def stat(self, path: str) -> CachedPath:
+        """One path."""
+
+    def evict(self, path: str, *, dry_run: bool = False) -> tuple[int, int]:
+        """Drop the copies of all files below `path`; files and bytes."""
+
+    def pin(self, path: str, pinned: bool) -> int:
+        """Keep the copies of all files below `path` from eviction, or no longer; files."""
+
+    def verify(self) -> dict[str, int]:
+        """Hold every block of the cache against its checksum; {blocks, damaged, repaired, orphans}."""

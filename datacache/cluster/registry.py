@@ -1,0 +1,159 @@
+"""
+Which workers run on this machine, for this user.
+
+One small JSON file a worker in the runtime directory (0700, so only its owner can add, read or
+connect), written whole and renamed, beside the worker's control socket. Nothing needs to be tidied
+by a worker that was killed: whoever looks drops the files of processes that are no more. A process
+is named by pid *and* start time, in the file's name too, so that a pid that was used again neither
+looks alive nor loses its own file.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+
+from datacache.errors import ControlError
+
+SUFFIX = ".json"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A running worker, and how it is found."""
+
+    pid: int
+    mount: str
+    """Where it is mounted; empty for a worker without a mount (`load` on a cache)."""
+    dataset: str
+    socket: str
+    """Its control socket."""
+    caches: list[str] = field(default_factory=list)
+    """Directories of its tiers."""
+    started: float = 0.0
+    """Wall time."""
+    uris: list[str] = field(default_factory=list)
+    """What it shows."""
+    born: str = ""
+    """Boot and start time of the process; `register` fills it in."""
+
+
+def socket_path(runtime: str, *, dataset: str, mount: str) -> str:
+    """Where this process's worker of `dataset` at `mount` listens."""
+    which = hashlib.blake2b(json.dumps([dataset, mount]).encode(), digest_size=4).hexdigest()
+    start = _born(os.getpid()).rpartition(":")[2]
+    return os.path.join(runtime, f"{os.getpid()}-{start}-{which}.sock")
+
+
+def make_private(directory: str) -> None:
+    """Make `directory`, or see that it is ours alone. Raises ControlError.
+
+    It may lie in /tmp, where others could have made it first and would be handed our sockets.
+    """
+    try:
+        os.makedirs(os.path.dirname(directory), exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+        found = os.lstat(directory)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise ControlError(f"{directory} is not a directory of this user; set DATACACHE_RUNTIME to one")
+        if found.st_mode & 0o077:
+            os.chmod(directory, 0o700)
+    except OSError as error:
+        raise ControlError(f"{directory} cannot be used for control sockets ({error.strerror})") from error
+
+
+def register(runtime: str, registration: Registration) -> str:
+    """Let other processes find `registration`; the path of its file. Raises ControlError."""
+    make_private(runtime)
+    path = _file(registration)
+    text = json.dumps(asdict(replace(registration, born=_born(registration.pid))))
+    new = f"{path}.new"
+    try:
+        with open(new, "w", encoding="ascii", opener=_private) as file:
+            file.write(text)
+        os.replace(new, path)
+    except OSError as error:
+        raise ControlError(f"{path} cannot be written ({error.strerror})") from error
+    return path
+
+
+def unregister(runtime: str, registration: Registration) -> None:
+    """Take it back. Idempotent."""
+    with suppress(FileNotFoundError):
+        os.unlink(_file(registration))
+
+
+def live(runtime: str) -> list[Registration]:
+    """All workers that run, the oldest first. What dead ones left is removed."""
+    found = []
+    try:
+        names = os.listdir(runtime)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+    for name in names:
+        path = os.path.join(runtime, name)
+        if name.endswith(SUFFIX) and (registration := _read(path)):
+            if registration.born == _born(registration.pid):
+                found.append(registration)
+            else:
+                for left in (path, registration.socket):
+                    with suppress(OSError):
+                        os.unlink(left)
+    return sorted(found, key=lambda r: (r.started, r.pid))
+
+
+def find(runtime: str, target: str) -> Registration | None:
+    """The worker with this mount directory, data set, URI or cache directory; the oldest of several."""
+    uri, directory = target.rstrip("/"), os.path.realpath(target)
+    absolute = os.path.abspath(target)
+    for known in live(runtime):
+        if known.dataset == target or (known.mount and known.mount in (absolute, directory)):
+            return known
+        if uri in (other.rstrip("/") for other in known.uris):
+            return known
+        if directory in _resolved(known.caches):
+            return known
+    return None
+
+
+def at_socket(socket: str) -> Registration | None:
+    """The registration beside `socket`, whether its process lives or not."""
+    return _read(socket.removesuffix(".sock") + SUFFIX)
+
+
+def _resolved(paths: Iterable[str]) -> set[str]:
+    return {os.path.realpath(path) for path in paths}
+
+
+def _file(registration: Registration) -> str:
+    return registration.socket.removesuffix(".sock") + SUFFIX
+
+
+def _read(path: str) -> Registration | None:
+    """What is registered in `path`; None when it is gone, or nothing that we wrote."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return Registration(**json.loads(file.read(1 << 20)))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _born(pid: int) -> str:
+    """Boot and start time of a process; empty when it is dead, or only waits to be reaped."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name in parentheses may hold anything; what follows its last ")" is numbers.
+            words = file.read().rpartition(b")")[2].split()
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if words[0] in (b"Z", b"X") else f"{boot}:{words[19].decode()}"

@@ -1,0 +1,196 @@
+"""Everything that can be chosen, with its default and the reason for it."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from datacache.model import Dataset, Medium, MiB
+
+
+class Consistency(enum.StrEnum):
+    """What an open may see."""
+
+    REVALIDATE = "revalidate"
+    """A version that was current at most TTL ago."""
+    IMMUTABLE = "immutable"
+    """The version that was listed first, for ever. What snapshots are."""
+
+
+class Policy(enum.StrEnum):
+    """What a full tier does with new data of the data set that filled it."""
+
+    KEEP = "keep"
+    """Stop admitting: on shuffled epochs the hit ratio is then the cached fraction, the best there is."""
+    LRU = "lru"
+    """Evict what was opened longest ago."""
+
+
+class Placement(enum.StrEnum):
+    """Where data goes when a tier above the last is full."""
+
+    SPILL = "spill"
+    """New data goes to the next tier down."""
+    SINK = "sink"
+    """The coldest data moves down and new data takes its place."""
+
+
+class Fill(enum.StrEnum):
+    """How much is fetched for a read that misses."""
+
+    BLOCK = "block"
+    """The whole aligned blocks that the read touches."""
+    RANGE = "range"
+    """The pages that the read touches and no more, unless the reads turn out to be sequential."""
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """How a store is talked to."""
+
+    timeout: float = 30.0
+    """Seconds that one operation may take with all its retries before it fails (EIO)."""
+    stall_timeout: float = 5.0
+    """Seconds without a byte after which a request is abandoned and tried again."""
+    connect_timeout: float = 5.0
+    """Seconds to establish a connection."""
+    backoff: float = 0.1
+    """Seconds before the first retry; doubled each time, with full jitter, up to `backoff_max`."""
+    backoff_max: float = 5.0
+    """Seconds between two tries at most."""
+    breaker_probe: float = 5.0
+    """Seconds between probes while the breaker is open."""
+
+
+@dataclass(frozen=True)
+class TierSettings:
+    """One place of copies."""
+
+    medium: Medium
+    """`mem` for tmpfs, `ssd` for a directory on a disk."""
+    path: str
+    """The directory; what we put there lies in a sub-directory of our own."""
+    quota: int
+    """Bytes that the copies may take, unlinked but still open ones included."""
+    high: float = 0.95
+    """Fraction of the quota at which eviction begins, where the policy evicts."""
+    low: float = 0.85
+    """Fraction of the quota at which it ends."""
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """The tiers and their rules."""
+
+    tiers: tuple[TierSettings, ...] = ()
+    """Fastest first. Empty: a directory of its own with at most half of the free space."""
+    policy: Policy = Policy.KEEP
+    """What a full tier does."""
+    placement: Placement = Placement.SPILL
+    """Where data goes when a tier above the last is full."""
+    reserve: float = 0.10
+    """Fraction of bytes and inodes of a tier's file system that is left free."""
+    expire: float = float("inf")
+    """Seconds since the last open after which an entry may go before all others."""
+    priority: int = 0
+    """Entries of data sets with a lower priority go first when tiers are shared."""
+
+
+@dataclass(frozen=True)
+class ReadingSettings:
+    """How reads become fetches."""
+
+    block_size: int = 4 * MiB
+    """Bytes of an aligned block; also the largest piece that carries one checksum."""
+    fill: Fill = Fill.BLOCK
+    """What a miss fetches."""
+    concurrency: int = 16
+    """Fetches under way at most, for all readers together."""
+    readahead: int = 64 * MiB
+    """Bytes fetched ahead of one sequential reader at most."""
+    memory: int = 192 * MiB
+    """Bytes held in fetches and in blocks that no tier had room for."""
+    order_ahead: int = 64
+    """Files fetched ahead of a reader whose order is known."""
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """How names are known."""
+
+    consistency: Consistency = Consistency.REVALIDATE
+    """What an open may see."""
+    ttl: float = 60.0
+    """Seconds for which a listing is believed, in `revalidate`."""
+    strict: bool = False
+    """When the store is away and a listing is past its TTL: fail (EIO) instead of serving it as stale."""
+    snapshot: str = ""
+    """Name of the snapshot to use; empty for the live bucket."""
+
+
+@dataclass(frozen=True)
+class MountSettings:
+    """The FUSE mount."""
+
+    directory: str = ""
+    """Where; absolute."""
+    driver: str = "auto"
+    """`auto` or `pyfuse3`."""
+    uid: int | None = None
+    """Owner of all files; None: who mounts."""
+    gid: int | None = None
+    """Group of all files; None: who mounts."""
+    file_mode: int = 0o444
+    """Permission bits of files."""
+    dir_mode: int = 0o555
+    """Permission bits of directories."""
+    allow_other: bool = False
+    """Let other users in (they are held to the modes by the kernel)."""
+    entry_timeout: float | None = None
+    """Seconds for which the kernel believes a name; None: what is left of the TTL, ∞ for snapshots."""
+    attr_timeout: float | None = None
+    """Seconds for which the kernel believes attributes; None: as `entry_timeout`."""
+    negative_timeout: float | None = None
+    """Seconds for which the kernel believes that a name does not exist; None: as `entry_timeout`."""
+    read_ahead: int = 1 * MiB
+    """Bytes that the kernel reads ahead; set through the mount's bdi (128 KiB without: 2x slower)."""
+    max_tasks: int = 64
+    """Requests handled at once at most."""
+    min_tasks: int = 8
+    """Idle request tasks that are kept; fewer are started anew for each burst."""
+    metadata_entries: int = 200_000
+    """Entries held in the metadata cache in front of the index; about 0.5 KiB each."""
+    xattr: bool = False
+    """Show user.datacache.{uri,version,tier,cached}."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of it."""
+
+    dataset: Dataset
+    """What is shown."""
+    state: str
+    """Directory of the index and the snapshots of this data set."""
+    runtime: str
+    """Directory of control sockets of running mounts."""
+    sources: SourceSettings = field(default_factory=SourceSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    reading: ReadingSettings = field(default_factory=ReadingSettings)
+    index: IndexSettings = field(default_factory=IndexSettings)
+    mount: MountSettings = field(default_factory=MountSettings)
+    metrics: str = ""
+    """HOST:PORT of the Prometheus page; empty: none."""
+    log_level: str = "info"
+    """debug, info, warning or error."""
+    log_format: str = "text"
+    """text or json."""
+    log_file: str = ""
+    """Where a mount in the background logs; empty: standard error, or in the background a file in `state`."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """The variables (AWS_*, OSS_*, ...) that sources may use, read once at the edge."""
+
+
+__all__ = [
+    "CacheSettings", "Consistency", "Fill", "IndexSettings", "MountSettings", "Placement", "Policy",
+    "ReadingSettings", "Settings", "SourceSettings", "TierSettings",
+]  # fmt: skip

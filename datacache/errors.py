@@ -1,0 +1,158 @@
+"""
+Every error that this project raises on purpose.
+
+One tree, one table per border (errno in `fuse.filesystem`, exit code and one line in `cli.main`,
+HTTP status in `cluster.server`). Messages name the thing, the cause and the next step, and never
+hold a secret. The cause is always chained.
+
+* DatacacheError
+  x SettingError          a flag, variable, file or URI that is wrong; nothing was started
+  x SourceError           the store, or the way to it
+    + NotFound            no such object
+    + Denied              the store refuses these credentials
+      - CredentialsExpired   ... because they have run out; renewed and tried again
+    + Archived            the object must be restored from an archive class before it can be read
+    + VersionChanged      the store no longer has the version that was asked for
+    + WrongBytes          the answer is not what was asked for: length, range, version or digest
+    + Unavailable         network, 5xx, 429, stall: may pass by itself, so it is tried again
+      - BreakerOpen       ... failed for so long that it is answered at once, until a probe succeeds
+    + Unsupported         the store, or this client of it, cannot do this
+  x CacheError            a copy, or the place of copies; readers go on without it
+    + TierFull            no room here: not an illness
+    + TierBroken          the medium fails; the tier is set aside
+    + Damaged             bytes that do not match their checksum; they are a miss from now on
+    + Locked              another live process owns this cache directory
+  x NamespaceError        the names of a data set
+    + NoSuchPath
+    + NotADirectory
+    + IsADirectory
+    + NoSuchSnapshot
+    + SnapshotExists
+  x IndexBroken           the database of names fails: full disk, I/O error, damage
+  x MountError            the kernel, the mount point, or the way to it
+  x ControlError          a running mount that cannot be reached, or refuses
+"""
+
+
+class DatacacheError(Exception):
+    """Base of all errors of this project. `str()` of it is one line that a user can act on."""
+
+
+class SettingError(DatacacheError):
+    """A setting that cannot be used.
+
+    `name` is the flag, key or variable as the user wrote it, `value` what was given (never a
+    secret), `expected` what would be right. All three appear in the one line that is printed.
+    """
+
+    def __init__(self, name: str, value: object, expected: str) -> None:
+        super().__init__(f"{name}: {value!r} will not do; expected {expected}")
+        self.name, self.value, self.expected = name, value, expected
+
+
+class SourceError(DatacacheError):
+    """The store did not give what was asked for."""
+
+
+class NotFound(SourceError):
+    """There is no such object (or bucket) in the store."""
+
+
+class Denied(SourceError):
+    """The store refuses these credentials this operation."""
+
+
+class CredentialsExpired(Denied):
+    """The store says that the credentials have run out."""
+
+
+class Archived(SourceError):
+    """The object lies in an archive class and must be restored before it can be read."""
+
+
+class VersionChanged(SourceError):
+    """The store no longer has the version that was asked for."""
+
+
+class WrongBytes(SourceError):
+    """The answer differs in length, range, version or digest from what was asked for."""
+
+
+class Unavailable(SourceError):
+    """Network trouble, an overloaded store or a stalled request. Trying again may help.
+
+    `retry_after` is the store's own wish in seconds, where it stated one.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class BreakerOpen(Unavailable):
+    """The store failed for the whole of a bounded retry and is not asked again until a probe succeeds."""
+
+
+class Unsupported(SourceError):
+    """The store, or this client of it, cannot do what was asked."""
+
+
+class CacheError(DatacacheError):
+    """A copy or its place failed. Never an answer to a reader: the read goes on elsewhere."""
+
+
+class TierFull(CacheError):
+    """The tier is at its quota or at the reserve of its file system."""
+
+
+class TierBroken(CacheError):
+    """The tier's medium fails (EIO, read-only, deleted underneath); it is set aside."""
+
+
+class Damaged(CacheError):
+    """Bytes of a copy do not match their checksum. They have been dropped: a miss."""
+
+
+class Locked(CacheError):
+    """Another live process owns this cache directory."""
+
+    def __init__(self, directory: str, *, pid: int, mount: str) -> None:
+        where = f", mounted at {mount}" if mount else ""
+        super().__init__(f"cache directory {directory} is in use by process {pid}{where}")
+        self.directory, self.pid, self.mount = directory, pid, mount
+
+
+class NamespaceError(DatacacheError):
+    """A name that is not what the caller took it for."""
+
+
+class NoSuchPath(NamespaceError):
+    """No object or directory has this path."""
+
+
+class NotADirectory(NamespaceError):
+    """The path names an object."""
+
+
+class IsADirectory(NamespaceError):
+    """The path names a directory."""
+
+
+class NoSuchSnapshot(NamespaceError):
+    """No snapshot of this data set has this name."""
+
+
+class SnapshotExists(NamespaceError):
+    """A snapshot of this name exists; snapshots never change."""
+
+
+class IndexBroken(DatacacheError):
+    """The database of names fails (full disk, I/O error, damage); the store is not to blame."""
+
+
+class MountError(DatacacheError):
+    """Mounting, or unmounting, failed."""
+
+
+class ControlError(DatacacheError):
+    """A running mount cannot be reached, or refuses what was asked."""

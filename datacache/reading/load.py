@@ -1,0 +1,440 @@
+"""
+Load jobs: bring objects into the cache before they are read.
+
+A job is one thread that lists what is selected and a few that make it whole. The lister runs ahead,
+so that a progress bar knows the total early; what it is ahead by is held as a number a file, not as
+an entry. What is present is skipped, so the cache itself is the state that a job resumes from:
+running it again is resuming it. What fails is written down, one line each, and the rest goes on.
+"""
+
+import itertools
+import logging
+import re
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from datacache.cache.tier import Tier
+from datacache.clock import Clock
+from datacache.config.settings import ReadingSettings
+from datacache.errors import (
+    ControlError,
+    DatacacheError,
+    NoSuchPath,
+    SettingError,
+    TierBroken,
+    TierFull,
+)
+from datacache.index.index import Index
+from datacache.model import Entry, Kind
+from datacache.reading.job import LoadRequest, LoadStatus
+from datacache.reading.reader import Reader
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED = 100
+"""Jobs that ended and can still be asked about."""
+
+RUNNING = 16
+"""Jobs at once; each has threads of its own."""
+
+FAILURES = 1000
+"""Failures of a job that are kept with their reasons; the rest are only counted."""
+
+CONCURRENCY = 256
+"""Objects of one job under way at most, whatever was asked for: each is a thread."""
+
+_NEAR = 1024
+"""Files at the head of the line that are held as entries: listed just before they are fetched."""
+
+_FAR = 2_000_000
+"""Files that the lister may be ahead by, at 36 bytes each."""
+
+
+class Tiers(Tier, Protocol):
+    """A cache whose tiers can be told apart (`cache.tiered`)."""
+
+    def tier(self, name: str) -> Tier:
+        """The leaf tier of this name or medium. Raises SettingError."""
+
+
+class _Cancelled(Exception):
+    """Someone asked the job to stop."""
+
+
+class Loads:
+    """All load jobs of a worker, those that ended included (the last 100)."""
+
+    def __init__(
+        self, index: Index, reader: Reader, cache: Tiers, settings: ReadingSettings, *, clock: Clock
+    ) -> None:
+        self._index, self._reader, self._cache = index, reader, cache
+        self._settings, self._clock = settings, clock
+        self._lock = threading.Lock()  # guards all below
+        self._jobs: OrderedDict[str, _Job] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Loads {len(self._jobs)} jobs>"
+
+    def start(self, request: LoadRequest) -> str:
+        """Start a job; its id. Raises SettingError when it can be seen at once that it cannot be done."""
+        if request.concurrency < 0:
+            raise SettingError(
+                "--concurrency", request.concurrency, "a number of objects, or 0 for the default"
+            )
+        if request.bandwidth < 0:
+            raise SettingError("--bandwidth", request.bandwidth, "bytes per second, or 0 for no limit")
+        matcher(request.globs)
+        tier = self._cache.tier(request.tier) if request.tier else None
+        with self._lock:
+            if self._closed:
+                raise ControlError("the worker is stopping and starts no load")
+            if sum(not job.ended.is_set() for job in self._jobs.values()) >= RUNNING:
+                raise ControlError(f"{RUNNING} load jobs are running; wait for one, or cancel it")
+            id = f"load-{next(self._numbers)}"
+            job = _Job(id, request, self._index, self._reader, tier or self._cache, tier, self._clock)
+            self._jobs[id] = job
+            ended = [old for old, other in self._jobs.items() if other.ended.is_set()]
+            for old in ended[: max(0, len(self._jobs) - REMEMBERED)]:
+                del self._jobs[old]
+            job.start(min(CONCURRENCY, request.concurrency or self._settings.concurrency))
+        return id
+
+    def status(self, id: str) -> LoadStatus:
+        """How the job is doing. Raises ControlError when no job has this id."""
+        return self._job(id).status()
+
+    def cancel(self, id: str) -> None:
+        """Ask the job to stop; requests under way are waited for, nothing is taken back."""
+        self._job(id).cancel()
+
+    def wait(self, id: str, timeout: float | None = None) -> LoadStatus:
+        """How the job is doing once it has ended, or after `timeout` seconds."""
+        job = self._job(id)
+        if timeout is None:
+            job.ended.wait()
+        else:
+            self._clock.wait(job.ended, timeout)
+        return job.status()
+
+    def close(self) -> None:
+        """Cancel all jobs and wait for their threads. Idempotent."""
+        with self._lock:
+            self._closed = True
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.cancel()
+        for job in jobs:
+            job.join()
+
+    def _job(self, id: str) -> "_Job":
+        with self._lock:
+            job = self._jobs.get(id)
+        if job is None:
+            raise ControlError(f"no load job {id!r}; the last {REMEMBERED} are remembered")
+        return job
+
+
+class _Job:
+    """One load. Its lister and its workers end with it."""
+
+    def __init__(
+        self,
+        id: str,
+        request: LoadRequest,
+        index: Index,
+        reader: Reader,
+        store: Tier,
+        tier: Tier | None,
+        clock: Clock,
+    ) -> None:
+        self._id, self._request, self._index, self._reader = id, request, index, reader
+        self._store, self._tier, self._clock = store, tier, clock
+        self._begun = clock.monotonic()
+        self._pace = Pace(request.bandwidth, clock) if request.bandwidth else None
+        self._stop = threading.Event()
+        self.ended = threading.Event()
+        self._threads: list[threading.Thread] = []
+        # Guarded by _changed: the line of files to do, and the figures of `status`.
+        self._changed = threading.Condition()
+        self._line: deque[Entry | int] = deque()
+        self._working = 0
+        self._listed = False
+        self._state = "running"
+        self._seconds = 0.0
+        self._files = self._bytes = 0
+        self._files_done = self._bytes_done = self._files_skipped = 0
+        self._bytes_fetched = self._files_failed = self._verified_bad = 0
+        self._failures: list[tuple[str, str]] = []
+        self._was_full = False
+
+    def __repr__(self) -> str:
+        return f"<_Job {self._id} {self._state}, {self._files_done} of {self._files} files>"
+
+    def start(self, workers: int) -> None:
+        self._working = 1 if self._request.order else workers + 1
+        targets = [self._announce] if self._request.order else [self._list] + [self._work] * workers
+        self._threads = [
+            threading.Thread(target=self._run, args=(target,), name=f"{self._id}-{number}")
+            for number, target in enumerate(targets)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def cancel(self) -> None:
+        self._stop.set()
+        with self._changed:
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def status(self) -> LoadStatus:
+        with self._changed:
+            running = self._state == "running"
+            return LoadStatus(
+                id=self._id,
+                state=self._state,
+                files=self._files,
+                bytes=self._bytes,
+                listed=self._listed,
+                files_done=self._files_done,
+                bytes_done=self._bytes_done,
+                files_skipped=self._files_skipped,
+                bytes_fetched=self._bytes_fetched,
+                failures=tuple(self._failures),
+                files_failed=self._files_failed,
+                seconds=self._clock.monotonic() - self._begun if running else self._seconds,
+                verified_bad=self._verified_bad,
+            )
+
+    # Threads.
+
+    def _run(self, target: Callable[[], None]) -> None:
+        """One thread. The last one out ends the job."""
+        try:
+            target()
+        except _Cancelled:
+            pass
+        except Exception as error:
+            logger.exception("%s: a thread failed in a way that nobody foresaw", self._id)
+            self._fail("", error)
+            self.cancel()
+        with self._changed:
+            self._working -= 1
+            if self._working:
+                return
+            self._line.clear()
+            complete = self._listed and self._files_done + self._files_failed >= self._files
+            failed = self._files_failed > 0
+            self._state = ("failed" if failed else "done") if complete else "cancelled"
+            self._seconds = self._clock.monotonic() - self._begun
+        self.ended.set()
+
+    def _list(self) -> None:
+        try:
+            for entry in self._selected():
+                with self._changed:
+                    self._files += 1
+                    self._bytes += entry.size
+                    self._changed.wait_for(lambda: len(self._line) < _FAR or self._stop.is_set())
+                    # Beyond the head of the line only the number is held; the index knows the rest.
+                    self._line.append(entry if len(self._line) < _NEAR else entry.ino)
+                    self._changed.notify()
+                self._check()
+        except DatacacheError as error:
+            self._fail(self._request.path, error, listed=True)
+        finally:
+            with self._changed:
+                self._listed = not self._stop.is_set()
+                self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._line or self._listed or self._stop.is_set())
+                self._check()
+                if not self._line:
+                    return
+                item = self._line.popleft()
+                if len(self._line) == _FAR - 1:
+                    self._changed.notify_all()  # the lister waits for room
+            try:
+                entry = item if isinstance(item, Entry) else self._index.entry(item)
+            except DatacacheError as error:
+                self._fail(f"(number {item})", error)
+                continue
+            try:
+                self._load(entry)
+            except DatacacheError as error:
+                self._check()  # a reader that is closing fails what is under way: that is a cancel
+                if isinstance(error, TierFull | TierBroken):
+                    self._was_full = True
+                self._fail(self._name(entry), error)
+
+    def _announce(self) -> None:
+        def entries() -> Iterator[Entry]:
+            for entry in self._selected():
+                self._check()
+                with self._changed:
+                    self._files += 1
+                    self._bytes += entry.size
+                    self._files_done += 1
+                yield entry
+
+        try:
+            self._reader.announce(entries(), lookup=self._index.entry)
+        except DatacacheError as error:
+            self._fail(self._request.path, error, listed=True)
+        with self._changed:
+            self._listed = True
+
+    # One file.
+
+    def _load(self, entry: Entry) -> None:
+        key = self._reader.cache_key(entry)
+        bad = 0
+        if self._request.verify and entry.size:
+            bad = self._store.recheck(key)
+        before = self._store.present(key) if entry.size else 0
+        fetched = 0
+        if before < entry.size:
+            if self._was_full:
+                self._refuse_without_room()
+            fetched = self._reader.fetch(entry, tier=self._tier, pace=self._before, on_bytes=self._count)
+        with self._changed:
+            self._files_done += 1
+            self._files_skipped += before >= entry.size
+            self._bytes_done += entry.size - fetched
+            self._verified_bad += bad
+
+    def _before(self, length: int) -> None:
+        self._check()
+        if self._pace is not None and not self._pace.take(length, self._stop):
+            raise _Cancelled
+
+    def _count(self, length: int) -> None:
+        with self._changed:
+            self._bytes_fetched += length
+            self._bytes_done += length
+
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise _Cancelled
+
+    def _refuse_without_room(self) -> None:
+        """Once a tier was full: ask before fetching what may have no room either. A million requests for
+        nothing are not a load."""
+        tiers = self._store.stats()
+        if any(tier.state == "ok" for tier in tiers):
+            self._was_full = False
+            return
+        raise TierFull("no tier has room: " + "; ".join(f"{tier.name}: {tier.reason}" for tier in tiers))
+
+    def _fail(self, path: str, error: Exception, *, listed: bool = False) -> None:
+        """`listed`: the failure is of a file that was not counted yet, or of the listing itself."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        with self._changed:
+            self._files_failed += 1
+            self._files += listed
+            if len(self._failures) < FAILURES:
+                self._failures.append((path, reason))
+
+    def _name(self, entry: Entry) -> str:
+        try:
+            return self._index.path(entry.ino)
+        except DatacacheError:
+            return entry.key
+
+    # Which files.
+
+    def _selected(self) -> Iterator[Entry]:
+        request = self._request
+        if request.files is not None:
+            for path in request.files:
+                try:
+                    entry = self._index.resolve(path)
+                    if entry.kind is not Kind.FILE:
+                        raise NoSuchPath(f"{path} is a directory; only files can be named one by one")
+                except DatacacheError as error:
+                    self._check()
+                    self._fail(path, error, listed=True)
+                    continue
+                yield entry
+            return
+        wanted = matcher(request.globs)
+        base = request.path.strip("/")
+        cut = len(base) + 1 if base else 0
+        for path, entry in self._index.walk(request.path):
+            relative = path.lstrip("/")[cut:]
+            if wanted(relative or entry.name.decode("utf-8", "surrogateescape")):
+                yield entry
+            else:
+                self._check()
+
+
+class Pace:
+    """Bytes per second at most: a bucket that fills at this rate, and holds one second's worth."""
+
+    def __init__(self, rate: int, clock: Clock) -> None:
+        self._rate, self._clock = rate, clock
+        self._lock = threading.Lock()  # guards all below
+        self._tokens = float(rate)
+        self._at = clock.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<Pace {self._rate} bytes/s>"
+
+    def take(self, count: int, stop: threading.Event) -> bool:
+        """Wait until `count` bytes are due. False: `stop` was set first.
+
+        More than the bucket holds is lent, and those who come next wait for it.
+        """
+        with self._lock:
+            now = self._clock.monotonic()
+            self._tokens = min(self._rate, self._tokens + (now - self._at) * self._rate) - count
+            self._at = now
+            debt = -self._tokens / self._rate
+        return not (self._clock.wait(stop, debt) if debt > 0 else stop.is_set())
+
+
+def matcher(globs: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a path, relative, matches one of `globs`; all do where there are none.
+
+    `*` and `?` stay within one name, `**` crosses "/", `[...]` is a class as in the shell. Raises
+    SettingError for what is no pattern.
+    """
+    if not globs:
+        return lambda path: True
+    patterns = []
+    for glob in globs:
+        try:
+            patterns.append(re.compile(_translate(glob.lstrip("/")), re.DOTALL))
+        except re.error as error:
+            raise SettingError("--path", glob, f"a shell pattern ({error})") from error
+    return lambda path: any(pattern.fullmatch(path) for pattern in patterns)
+
+
+def _translate(glob: str) -> str:
+    regex, at = "", 0
+    while at < len(glob):
+        if glob.startswith("**/", at) and (at == 0 or glob[at - 1] == "/"):
+            regex, at = regex + "(?:.*/)?", at + 3
+        elif glob.startswith("**", at):
+            regex, at = regex + ".*", at + 2
+        elif glob[at] == "*":
+            regex, at = regex + "[^/]*", at + 1
+        elif glob[at] == "?":
+            regex, at = regex + "[^/]", at + 1
+        elif glob[at] == "[" and (end := glob.find("]", at + 2)) > 0:
+            inside, at = glob[at + 1 : end], end + 1
+            negated = inside[0] in "!^"
+            inside = re.sub(r"([^\w-])", r"\\\1", inside[negated:]).replace("--", "\\-\\-")
+            regex += f"[^/{inside}]" if negated else f"[{inside}]"
+        else:
+            regex, at = regex + re.escape(glob[at]), at + 1
+    return regex

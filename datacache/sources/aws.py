@@ -1,0 +1,616 @@
+"""
+The door to botocore: who we are, where a bucket is, and what obstore cannot ask.
+
+`find_bucket` turns options, environment and profile into a `Bucket` (no network). `Credentials`
+always has keys that are good now: it renews what expires, looks again at what may have been
+rotated, and starts afresh when the store says that they have run out. `S3Client` lists (object_store
+refuses or changes keys such as `a//b`, `..` or `dir/`, so it cannot), stats, and reads the few keys
+that obstore cannot name. One request a call, no retries: `datacache.sources.steady` does those.
+
+The environment is a mapping that is handed in. botocore reads `os.environ` by itself in many
+places; `_Session` and `_resolver` put the mapping in their stead, except for what belongs to the
+process and not to the data set: HOME, the proxies, and AWS_* names of `credential_process` children
+and nested profiles. Next: `datacache.sources.s3` puts this and obstore together.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import botocore.handlers
+import botocore.session
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.configprovider import ConfigChainFactory, ConfiguredEndpointProvider
+from botocore.credentials import (
+    AssumeRoleWithWebIdentityProvider,
+    ContainerProvider,
+    CredentialResolver,
+    EnvProvider,
+    InstanceMetadataFetcher,
+    InstanceMetadataProvider,
+    ReadOnlyCredentials,
+    RefreshableCredentials,
+    create_credential_resolver,
+)
+from botocore.credentials import Credentials as BotocoreCredentials
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConfigParseError,
+    ConnectionError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    InvalidConfigError,
+    MetadataRetrievalError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ResponseStreamingError,
+    TokenRetrievalError,
+)
+from botocore.loaders import create_loader
+
+from datacache.clock import Clock
+from datacache.config.settings import SourceSettings
+from datacache.errors import (
+    CredentialsExpired,
+    Denied,
+    NotFound,
+    SettingError,
+    SourceError,
+    Unavailable,
+    Unsupported,
+    WrongBytes,
+)
+from datacache.model import ByteRange, ObjectInfo, Version
+from datacache.sources.answers import failure, parse_retry_after
+from datacache.sources.keyfile import Keys, read_keys
+from datacache.sources.listing import ARCHIVED, Listing, entity_tag, parse_listing
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RECHECK = 300.0
+"""Seconds after which keys that never expire are looked up again: a rotated file or profile is then
+noticed long before its old keys are withdrawn."""
+RECHECK_FILE = 10.0
+"""... and keys in a mounted file: looking costs 50 µs."""
+PATIENCE = 5.0
+"""Seconds before credentials that could not be had, or were just renewed, are asked for again: many
+readers at once must not become many requests to STS."""
+_LONGEST_KEY = 1024
+CONNECTIONS = 64
+"""Connections kept to the store: the reader's default concurrency is 32, metadata comes beside it."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Where the objects are and how they are asked for. Holds no secret."""
+
+    scheme: str
+    """s3 or oss."""
+    name: str
+    prefix: str = ""
+    """What all keys begin with: empty, or ends in "/"."""
+    endpoint: str = ""
+    """URL of an S3-compatible store; empty: AWS's own, by region."""
+    region: str = ""
+    """Empty: what the bucket says (AWS), us-east-1 (elsewhere)."""
+    style: str = "path"
+    """path, virtual (the bucket's name is in the host's) or cname (the host is the bucket)."""
+    anonymous: bool = False
+    requester_pays: bool = False
+    ca_bundle: str = ""
+    """File of certificates to trust."""
+    profile: str = ""
+    keyfile: str = ""
+    """File or directory that holds the keys, instead of everything else."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def uri(self) -> str:
+        """The identity of the root. The region is no part of it: names are unique without."""
+        root = f"{self.scheme}://{self.name}/{self.prefix}".removesuffix("/")
+        return f"{root}?endpoint={self.endpoint}" if self.endpoint else root
+
+
+def find_bucket(bucket: Bucket) -> Bucket:
+    """`bucket` with what its options left open filled in from the environment and the profile.
+
+    Reads the shared configuration, asks nobody. Raises SettingError.
+    """
+    try:
+        session = _Session(bucket)
+        scoped = session.get_scoped_config()
+        endpoint = bucket.endpoint or session.endpoint("s3") or ""
+        region = (
+            bucket.region
+            or bucket.environment.get("AWS_REGION")
+            or session.get_config_variable("region")
+            or ""
+        )
+        ca_bundle = bucket.ca_bundle or session.get_config_variable("ca_bundle") or ""
+    except ProfileNotFound as error:
+        name = error.kwargs.get("profile", bucket.profile)
+        raise SettingError("profile", name, "a profile of the shared AWS configuration") from error
+    except (ConfigParseError, InvalidConfigError) as error:
+        raise SettingError("AWS configuration", str(error), "a file that botocore can read") from error
+    style = bucket.style
+    if not style:
+        section = scoped.get("s3")
+        style = str(section.get("addressing_style", "")) if isinstance(section, dict) else ""
+        if style not in ("path", "virtual"):
+            style = "path" if endpoint or "." in bucket.name else "virtual"
+    return Bucket(
+        scheme=bucket.scheme, name=bucket.name, prefix=bucket.prefix, endpoint=endpoint.rstrip("/"),
+        region=region, style=style, anonymous=bucket.anonymous, requester_pays=bucket.requester_pays,
+        ca_bundle=str(ca_bundle), profile=bucket.profile, keyfile=bucket.keyfile,
+        environment=bucket.environment,
+    )  # fmt: skip
+
+
+@cache
+def _loader() -> Any:
+    """botocore's descriptions of services: 100 ms to read, so they are read once."""
+    return create_loader()
+
+
+class _Session(botocore.session.Session):  # type: ignore[misc]
+    """A botocore session that takes its variables from the bucket's environment."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        super().__init__(profile=bucket.profile or None)
+        self._environment = dict(bucket.environment)
+        self.register_component("data_loader", _loader())
+        chains = ConfigChainFactory(session=self, environ=self._environment)
+        store = self.get_component("config_store")
+        for name, (key, variable, default, convert) in self.SESSION_VARIABLES.items():
+            chain = chains.create_config_chain(
+                instance_name=name, env_var_names=variable, config_property_names=key,
+                default=default, conversion_func=convert,
+            )  # fmt: skip
+            store.set_config_provider(name, chain)
+        self._honour_endpoints = not self.get_config_variable("ignore_configured_endpoint_urls")
+        # From here on only `endpoint` looks for endpoints; botocore would look into os.environ.
+        self.set_config_variable("ignore_configured_endpoint_urls", True)
+        # Signing in (STS) must not take longer than a read may wait.
+        self.set_default_client_config(
+            Config(connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 2})
+        )
+
+    def endpoint(self, service: str) -> str | None:
+        """The endpoint that environment or profile name for `service`."""
+        if not self._honour_endpoints:
+            return None
+        chain = ConfiguredEndpointProvider(
+            full_config=self.full_config, scoped_config=self.get_scoped_config(),
+            client_name=service, environ=self._environment,
+        )  # fmt: skip
+        found = chain.provide()
+        return str(found) if found else None
+
+    def create_client(self, service_name: str, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("endpoint_url"):
+            kwargs["endpoint_url"] = self.endpoint(service_name)
+        return super().create_client(service_name, *args, **kwargs)
+
+
+def _resolver(bucket: Bucket) -> CredentialResolver:
+    """botocore's chain of providers, each looking at the bucket's environment."""
+    session, environment = _Session(bucket), dict(bucket.environment)
+    region = bucket.region or "us-east-1"
+    resolver = create_credential_resolver(session, region_name=region)
+    profile = session.profile or "default"
+    named = {
+        "web_identity_token_file": environment.get("AWS_WEB_IDENTITY_TOKEN_FILE"),
+        "role_arn": environment.get("AWS_ROLE_ARN"),
+        "role_session_name": environment.get("AWS_ROLE_SESSION_NAME"),
+    }
+
+    def with_identity() -> dict[str, Any]:
+        # The environment's web identity is put where botocore looks for the profile's.
+        own = dict(session.full_config.get("profiles", {}).get(profile, {}))
+        return {"profiles": {profile: own | {key: value for key, value in named.items() if value}}}
+
+    env = next((p for p in resolver.providers if p.METHOD == EnvProvider.METHOD), None)
+    if env is not None:  # not there when a profile was chosen by option
+        env.environ = environment
+    replaced = {
+        AssumeRoleWithWebIdentityProvider.METHOD: AssumeRoleWithWebIdentityProvider(
+            load_config=with_identity,
+            client_creator=lambda service, **kw: session.create_client(service, region_name=region, **kw),
+            profile_name=profile, cache={}, disable_env_vars=True,
+        ),
+        ContainerProvider.METHOD: ContainerProvider(environ=environment),
+        InstanceMetadataProvider.METHOD: InstanceMetadataProvider(
+            InstanceMetadataFetcher(
+                timeout=session.get_config_variable("metadata_service_timeout"),
+                num_attempts=session.get_config_variable("metadata_service_num_attempts"),
+                env=environment, user_agent=session.user_agent(),
+                config={
+                    "ec2_metadata_service_endpoint": session.get_config_variable(
+                        "ec2_metadata_service_endpoint"
+                    ),
+                    "ec2_metadata_v1_disabled": session.get_config_variable("ec2_metadata_v1_disabled"),
+                },
+            )
+        ),
+    }  # fmt: skip
+    # boto2's files and variables are not looked for: nothing has written them for ten years.
+    dropped = ("ec2-credentials-file", "boto-config")
+    resolver.providers = [replaced.get(p.METHOD, p) for p in resolver.providers if p.METHOD not in dropped]
+    return resolver
+
+
+class Credentials:
+    """Keys that are good now, or a Denied that says what was looked for. Thread-safe.
+
+    `_lock` guards all fields; it is held while credentials are fetched, so that one thread fetches
+    and the others wait for it. `get` is called for every read: while nothing is due it takes no lock.
+    """
+
+    def __init__(self, bucket: Bucket, *, clock: Clock) -> None:
+        self._bucket, self._clock = bucket, clock
+        self._lock = threading.Lock()
+        self._loaded: BotocoreCredentials | None = None  # of botocore's chain; renews itself if it expires
+        self._load_at = float("-inf")  # when the chain is walked again
+        self._current: tuple[float, Keys | None, SourceError | None] = (float("-inf"), None, None)
+        self._renewed_at = float("-inf")
+
+    def __repr__(self) -> str:
+        until, keys, error = self._current
+        return f"<Credentials of {self._bucket.uri}: {keys or error}, next look at {until:.0f}>"
+
+    def get(self) -> Keys:
+        """The keys to sign with. Raises Denied or Unavailable."""
+        until, keys, error = self._current
+        if self._clock.monotonic() >= until:
+            with self._lock:
+                until, keys, error = self._current
+                if self._clock.monotonic() >= until:
+                    keys, error = self._look()
+        if keys is None:
+            raise _again(error) from error
+        return keys
+
+    def renew(self, used: Keys) -> Keys:
+        """Keys after the store refused `used`: other ones where there are other ones by now."""
+        with self._lock:
+            _, keys, _ = self._current
+            now = self._clock.monotonic()
+            patient = not self._bucket.keyfile and now - self._renewed_at < PATIENCE
+            if keys is not None and (keys != used or patient):
+                return keys
+            self._renewed_at = now
+            self._load_at = float("-inf")
+            keys, error = self._look()
+        if keys is None:
+            raise _again(error) from error
+        return keys
+
+    def _look(self) -> tuple[Keys | None, SourceError | None]:
+        now, (_, known, _) = self._clock.monotonic(), self._current
+        error: SourceError | None = None
+        keys: Keys | None = None
+        try:
+            keys = self._fetch(now)
+        except (SourceError, SettingError, BotoCoreError, ClientError, OSError, RuntimeError) as cause:
+            error = _sign_in_failure(cause, self._bucket.uri)
+            if known is not None:
+                # Those we have may well be good for minutes; if not, the store will say so.
+                _log.warning("credentials of %s could not be renewed: %s", self._bucket.uri, error)
+                keys = known
+        self._current = (now + (RECHECK_FILE if error is None else PATIENCE), keys, error)
+        return keys, error
+
+    def _fetch(self, now: float) -> Keys:
+        if self._bucket.keyfile:
+            return read_keys(self._bucket.keyfile, section=self._bucket.profile)
+        if self._loaded is None or now >= self._load_at:
+            self._loaded = _resolver(self._bucket).load_credentials()
+            # What expires renews itself; the rest is looked up again.
+            renews = isinstance(self._loaded, RefreshableCredentials)
+            self._load_at = float("inf") if renews else now + RECHECK
+        if self._loaded is None:
+            raise NoCredentialsError
+        frozen = self._loaded.get_frozen_credentials()
+        return Keys(frozen.access_key, frozen.secret_key, frozen.token or "")
+
+
+def _again(error: SourceError | None) -> SourceError:
+    """A fresh copy of `error`: an exception that several threads raise collects all their tracebacks."""
+    assert error is not None
+    return type(error)(str(error))
+
+
+def _sign_in_failure(cause: Exception, thing: str) -> SourceError:
+    if isinstance(cause, SourceError):
+        return cause
+    if isinstance(cause, NoCredentialsError):
+        return Denied(
+            f"{thing}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a "
+            "profile, or the option credentials=FILE, or use the option anonymous=true for a public bucket"
+        )
+    if isinstance(cause, (ConnectionError, HTTPClientError, MetadataRetrievalError)):
+        return Unavailable(f"{thing}: the service that issues credentials cannot be reached ({cause})")
+    if isinstance(cause, ClientError) and cause.response["ResponseMetadata"].get("HTTPStatusCode", 0) >= 500:
+        return Unavailable(f"{thing}: the service that issues credentials failed ({cause})")
+    said = " ".join(f"{type(cause).__name__}: {cause}".split())
+    return Denied(f"{thing}: credentials cannot be had ({said})")
+
+
+class _Bridge(BotocoreCredentials):  # type: ignore[misc]
+    """`Credentials` as botocore's signers want them."""
+
+    def __init__(self, owner: Credentials) -> None:
+        super().__init__("unused", "unused")
+        self._owner = owner
+
+    def load_credentials(self) -> "_Bridge":
+        return self
+
+    def get_frozen_credentials(self) -> ReadOnlyCredentials:
+        keys = self._owner.get()
+        return ReadOnlyCredentials(keys.access_key, keys.secret_key, keys.token or None)
+
+
+class Fetched(NamedTuple):
+    """The answer to a read."""
+
+    data: bytes
+    span: ByteRange
+    size: int
+    etag: str
+    version_id: str
+
+
+class S3Client:
+    """What is asked of a bucket through botocore. Keys are whole here: with the bucket's prefix."""
+
+    def __init__(self, bucket: Bucket, credentials: Credentials, settings: SourceSettings) -> None:
+        self._bucket, self._credentials, self._settings = bucket, credentials, settings
+        self._lock = threading.Lock()  # guards the birth of the client
+        self._client: Any = None
+
+    def close(self) -> None:
+        """Close the connections."""
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+
+    @property
+    def endpoint(self) -> str:
+        """URL of the store, without the bucket. May ask AWS for the bucket's region."""
+        return self._bucket.endpoint or str(self._ready().meta.endpoint_url)
+
+    @property
+    def region(self) -> str:
+        """The region that requests are signed for."""
+        return self._bucket.region or str(self._ready().meta.region_name)
+
+    def objects(self, prefix: str, *, recursive: bool, after: Mapping[str, str]) -> Listing:
+        """One page of ListObjectsV2."""
+        return self._list("list_objects_v2", prefix, recursive=recursive, after=after)
+
+    def versions(self, prefix: str, *, recursive: bool, after: Mapping[str, str]) -> Listing:
+        """One page of ListObjectVersions."""
+        return self._list("list_object_versions", prefix, recursive=recursive, after=after)
+
+    def _list(self, call: str, prefix: str, *, recursive: bool, after: Mapping[str, str]) -> Listing:
+        more = dict(after) if recursive else {**after, "Delimiter": "/"}
+        answer = self._ask(call, f"{self._bucket.scheme}://{self._bucket.name}", Prefix=prefix, **more)
+        body = answer.get("Body of the listing")
+        if body is None:
+            raise WrongBytes(f"{self._bucket.uri} cannot be listed: the answer has no listing")
+        return parse_listing(body, root=self._bucket.prefix, thing=self._bucket.uri)
+
+    def versioned(self) -> bool:
+        """Whether the bucket keeps versions, now or once."""
+        answer = self._ask("get_bucket_versioning", f"{self._bucket.scheme}://{self._bucket.name}")
+        return answer.get("Status") in ("Enabled", "Suspended")
+
+    def head(self, key: str, *, version_id: str = "") -> ObjectInfo:
+        """Size, version and class of one object, under its whole key."""
+        if len(key.encode("utf-8", "surrogatepass")) > _LONGEST_KEY:
+            raise NotFound(
+                f"{self._name(key)[:200]}... does not exist: no key is longer than {_LONGEST_KEY} bytes"
+            )
+        more = {"VersionId": version_id} if version_id else {}
+        try:
+            answer = self._ask("head_object", self._name(key), Key=key, **more)
+        except SourceError as error:
+            # An answer to HEAD has no body, and so no code. AWS answers 400 when a token has run out.
+            said = error.__cause__
+            if isinstance(said, ClientError) and said.response["Error"].get("Code") == "400":
+                raise CredentialsExpired(f"{error}; most likely the credentials have expired") from said
+            raise
+        headers = answer["ResponseMetadata"]["HTTPHeaders"]
+        if "content-length" not in headers:
+            raise WrongBytes(f"{self._name(key)}: the store does not state its size")
+        modified = answer.get("LastModified")
+        return ObjectInfo(
+            key,
+            int(headers["content-length"]),
+            Version(entity_tag(answer.get("ETag"))),
+            round(modified.timestamp()) * 1_000_000_000 if modified else 0,
+            # An archived object that was restored says so, and can be read.
+            answer.get("StorageClass") in ARCHIVED
+            and 'ongoing-request="false"' not in answer.get("Restore", ""),
+        )
+
+    def get(self, key: str, span: ByteRange | None, *, condition: str, version_id: str) -> Fetched:
+        """The bytes of one object, or of `span` of it."""
+        more: dict[str, str] = {}
+        if span is not None:
+            more["Range"] = f"bytes={span.start}-{span.stop - 1}"
+        if condition:
+            more["IfMatch"] = condition
+        if version_id:
+            more["VersionId"] = version_id
+
+        def take(client: Any, arguments: Mapping[str, Any]) -> Fetched:
+            answer = client.get_object(**arguments)
+            with closing(answer["Body"]) as body:  # its own `with` would give the raw stream
+                data = body.read()
+            whole = ByteRange(0, len(data))
+            got, size = (
+                _content_range(answer.get("ContentRange"), whole) if span is not None else (whole, len(data))
+            )
+            return Fetched(data, got, size, entity_tag(answer.get("ETag")), answer.get("VersionId") or "")
+
+        return self._attempt(take, self._name(key), {"Key": key, **more})
+
+    def create(self) -> None:
+        """Make the bucket."""
+        self._ask("create_bucket", self._bucket.uri)
+
+    def put(self, key: str, body: bytes) -> None:
+        """Write one object, in one request."""
+        self._ask("put_object", self._name(key), Key=key, Body=body)
+
+    def delete(self, key: str) -> None:
+        """Remove one object."""
+        self._ask("delete_object", self._name(key), Key=key)
+
+    def drop(self) -> None:
+        """Remove the bucket, which must be empty."""
+        self._ask("delete_bucket", self._bucket.uri)
+
+    def _name(self, key: str) -> str:
+        return f"{self._bucket.scheme}://{self._bucket.name}/{key}"
+
+    def _ask(self, call: str, thing: str, **arguments: str | bytes) -> dict[str, Any]:
+        def ask(client: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+            answer: dict[str, Any] = getattr(client, call)(**arguments)
+            return answer
+
+        return self._attempt(ask, thing, arguments)
+
+    def _attempt(self, act: Callable[[Any, Mapping[str, Any]], T], thing: str, more: Mapping[str, Any]) -> T:
+        arguments = {"Bucket": self._bucket.name, **more}
+        if self._bucket.requester_pays and arguments.keys() & {"Key", "Prefix"}:
+            arguments["RequestPayer"] = "requester"
+        try:
+            return act(self._ready(), arguments)
+        except (BotoCoreError, ClientError) as error:
+            raise self._failure(error, thing) from error
+
+    def _failure(self, error: Exception, thing: str) -> SourceError:
+        if isinstance(error, ClientError):
+            meta = error.response.get("ResponseMetadata", {})
+            said = error.response.get("Error", {})
+            status = int(meta.get("HTTPStatusCode", 0))
+            code = str(said.get("Code", ""))
+            return failure(
+                thing, status=status, code="" if code == str(status) else code,
+                message=str(said.get("Message", "")),
+                retry_after=parse_retry_after(meta.get("HTTPHeaders", {}).get("retry-after")),
+            )  # fmt: skip
+        if isinstance(error, (ConnectionError, HTTPClientError, ResponseStreamingError)):
+            return Unavailable(f"{thing} cannot be had right now ({error})")
+        if isinstance(error, ParamValidationError):
+            return Unsupported(f"{thing}: botocore refuses the request ({error})")
+        if isinstance(error, _SIGN_IN):
+            return _sign_in_failure(error, thing)
+        return SourceError(f"{thing}: {type(error).__name__}: {error}")
+
+    def _ready(self) -> Any:
+        with self._lock:
+            if self._client is None:
+                region = self._bucket.region or ("us-east-1" if self._bucket.endpoint else self._ask_region())
+                self._client = self._make(region)
+            return self._client
+
+    def _make(self, region: str) -> Any:
+        bucket = self._bucket
+        session = _Session(bucket)
+        if not bucket.anonymous:
+            session.register_component("credential_provider", _Bridge(self._credentials))
+        client = session.create_client(
+            "s3",
+            region_name=region,
+            endpoint_url=bucket.endpoint or None,
+            verify=bucket.ca_bundle or None,
+            config=Config(
+                signature_version=UNSIGNED if bucket.anonymous else "s3v4",
+                retries={"total_max_attempts": 1, "mode": "standard"},
+                connect_timeout=self._settings.connect_timeout,
+                read_timeout=self._settings.stall_timeout,
+                max_pool_connections=CONNECTIONS,
+                s3={"addressing_style": "virtual" if bucket.style == "cname" else bucket.style},
+                # Stores that speak S3 know nothing of the checksums that botocore sends since 1.36.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+        # botocore parses each answer once more, only to find errors that were sent with status 200.
+        # `parse_listing` finds them. Should a later botocore call its check something else, listings
+        # get slower, not wrong.
+        if check := getattr(botocore.handlers, "_handle_200_error", None):
+            client.meta.events.unregister("before-parse.s3.*", check)
+        for call in ("ListObjectsV2", "ListObjectVersions"):
+            client.meta.events.register(f"before-parse.s3.{call}", _keep_listing)
+        if bucket.style == "cname":
+            client.meta.events.register("before-sign.s3", self._drop_bucket)
+        return client
+
+    def _drop_bucket(self, request: Any, **_: Any) -> None:
+        parts = urlsplit(request.url)
+        if parts.netloc.startswith(f"{self._bucket.name}."):
+            parts = parts._replace(netloc=parts.netloc.removeprefix(f"{self._bucket.name}."))
+        else:  # botocore puts it into the path where the host is an address
+            parts = parts._replace(path=parts.path.removeprefix(f"/{self._bucket.name}") or "/")
+        request.url = urlunsplit(parts)
+
+    def _ask_region(self) -> str:
+        """The region that AWS gives in its answer for a bucket, also when it denies the rest."""
+        client = self._make("us-east-1")
+        thing = f"{self._bucket.scheme}://{self._bucket.name}"
+        try:
+            headers = client.head_bucket(Bucket=self._bucket.name)["ResponseMetadata"]["HTTPHeaders"]
+        except ClientError as error:
+            headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+            if "x-amz-bucket-region" not in headers:
+                raise self._failure(error, thing) from error
+        except BotoCoreError as error:
+            raise self._failure(error, thing) from error
+        finally:
+            client.close()
+        return str(headers.get("x-amz-bucket-region", "us-east-1"))
+
+
+def open_client(name: str, *, endpoint: str, environment: Mapping[str, str], clock: Clock) -> S3Client:
+    """A client of one bucket at `endpoint`, with the environment's credentials."""
+    bucket = find_bucket(Bucket("s3", name, endpoint=endpoint, style="path", environment=environment))
+    return S3Client(bucket, Credentials(bucket, clock=clock), SourceSettings())
+
+
+_SIGN_IN = (
+    NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, TokenRetrievalError,
+    MetadataRetrievalError, ProfileNotFound, InvalidConfigError,
+)  # fmt: skip
+
+
+def _keep_listing(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+    """Take the body of a listing away from botocore's parser, which would need 60 µs an object."""
+    if response_dict["status_code"] == 200:
+        customized_response_dict["Body of the listing"] = response_dict["body"]
+        response_dict["body"] = b"<ListBucketResult/>"
+
+
+def _content_range(header: str | None, whole: ByteRange) -> tuple[ByteRange, int]:
+    """What "bytes 0-9/100" says; without one the answer is the whole object."""
+    with suppress(AttributeError, ValueError):
+        unit, _, rest = str(header).partition(" ")
+        span, _, size = rest.partition("/")
+        first, _, last = span.partition("-")
+        if unit == "bytes":
+            return ByteRange(int(first), int(last) + 1), int(size)
+    return whole, whole.length

@@ -1,0 +1,315 @@
+"""
+The door to obstore: the bytes of every object store.
+
+`get` is the one way in which bytes are read. It asks once, holds what the store says of its answer
+(range, size, entity tag) against what was asked *before* it takes the body, and returns the body
+without a copy. `ObjectStoreSource` is a source made of an obstore store alone (Google, Azure);
+`datacache.sources.s3` reads through `get` and lists by botocore; `datacache.sources.website` reads
+through it too.
+
+obstore releases the GIL while it waits and while it copies. It is not fork-safe: whoever forks does
+so before the first request.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
+
+from datacache.config.settings import SourceSettings
+from datacache.errors import SourceError, Unavailable, Unsupported, VersionChanged, WrongBytes
+from datacache.model import ByteRange, ObjectInfo, Version
+from datacache.sources.answers import failure
+from datacache.sources.keyfile import Keys
+from datacache.sources.listing import entity_tag
+from datacache.sources.source import Page, Traits
+
+Store = S3Store | GCSStore | AzureStore | HTTPStore
+
+CONNECTIONS = 64
+"""Idle connections that are kept: the reader's default concurrency is 32."""
+
+# obstore throws the answer's parts away and keeps them as text, then a dump of its own structures.
+_STATUS = re.compile(r"Server returned non-2xx status code: (\d{3})[^:]*: ?(.*)", re.DOTALL)
+_CODE = re.compile(r"<Code>\s*([A-Za-z0-9_.]{1,80})\s*</Code>")
+_MESSAGE = re.compile(r"<Message>(.*?)</Message>", re.DOTALL)
+_HOST = re.compile(r"Error performing [A-Z]+ (https?://[^/?]+)")  # not its query: Azure's holds secrets
+_KIND = re.compile(r"\bkind: ([A-Z][A-Za-z]+)")
+_WRONG = re.compile(r"Received non-partial response|Requested \d+\.\.\d+, got|Wanted range starting at")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+_BY_TYPE: Mapping[str, int] = {
+    "FileNotFoundError": 404,
+    "PermissionDeniedError": 403,
+    "UnauthenticatedError": 401,
+    "PreconditionError": 412,
+    "NotModifiedError": 412,
+    "NotSupportedError": 501,
+}
+
+
+def can_name(key: str) -> bool:
+    """Whether obstore asks for exactly `key`. It refuses empty and dotted segments and control
+    characters, and silently drops a slash at either end."""
+    if not key or _CONTROL.search(key) or (not key.isprintable() and _has_surrogate(key)):
+        return False
+    return not any(part in ("", ".", "..") for part in key.split("/"))
+
+
+def _has_surrogate(key: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in key)
+
+
+def translate(error: Exception, thing: str) -> SourceError:
+    """The error of ours that an error of obstore's is. `thing` is the URI that was asked for."""
+    text, _, dump = str(error).partition("\n\nDebug source:")
+    if match := _STATUS.search(text):
+        body = match[2]
+        code, message = _CODE.search(body), _MESSAGE.search(body)
+        return failure(
+            thing, status=int(match[1]), code=code[1] if code else "",
+            message=message[1] if message else "" if code else body[:200],
+        )  # fmt: skip
+    if "without LOCATION" in text:  # how AWS answers for a bucket of another region
+        return failure(thing, status=301, code="PermanentRedirect")
+    if status := _BY_TYPE.get(type(error).__name__):
+        return failure(thing, status=status)
+    if _WRONG.search(text):
+        return WrongBytes(
+            f"{thing}: the store answered with another range than was asked for ({text.strip()})"
+        )
+    if isinstance(error, (ValueError, UnicodeEncodeError)):
+        return Unsupported(f"{thing} has a name that this client cannot ask for")
+    # What remains never became an answer: connect, time-out, reset, a body that broke off.
+    kind = _KIND.search(dump)
+    detail = {
+        "Timeout": "no byte came in time",
+        "Connect": "no connection",
+        "Interrupted": "the answer broke off",
+    }
+    said = detail.get(kind[1], kind[1]) if kind else ""
+    host = _HOST.search(text)
+    where = f" from {host[1]}" if host else ""
+    return Unavailable(f"{thing} cannot be had right now{where} ({said or _last(text)})")
+
+
+def _last(text: str) -> str:
+    return text.strip().rpartition(": ")[2][:200] or "no answer"
+
+
+def _asking(act: Callable[[], Any], thing: str) -> Any:
+    """The result of `act`, or the error of ours that it means."""
+    try:
+        return act()
+    except (BaseError, OSError, ValueError) as error:
+        raise translate(error, thing) from error
+
+
+def get(store: Store, key: str, info: ObjectInfo, span: ByteRange, *, thing: str) -> memoryview:
+    """Bytes `span` of exactly `info`'s version of `key`: one GET request, no copy.
+
+    Raises VersionChanged, WrongBytes, ... before the body is fetched where the answer's head tells.
+    """
+    whole = span.start == 0 and span.stop == info.size
+    options: Any = {}
+    if not whole:  # a whole object needs no Range, so servers without ranges can serve it
+        options["range"] = (span.start, span.stop)
+    if info.version.condition:
+        options["if_match"] = info.version.condition
+    if info.version.version_id:
+        options["version"] = info.version.version_id
+    result = _asking(lambda: obstore.get(store, key, options=options), thing)
+    meta = result.meta
+    check_answer(
+        info, span, got=ByteRange(*result.range), size=meta["size"],
+        etag=entity_tag(meta.get("e_tag")), version_id=meta.get("version") or "", thing=thing,
+    )  # fmt: skip
+    data = memoryview(_asking(result.bytes, thing))
+    if data.nbytes != span.length:
+        raise WrongBytes(f"{thing}: {span.length} bytes were asked for, {data.nbytes} came")
+    return data
+
+
+def check_answer(
+    info: ObjectInfo, span: ByteRange, *, got: ByteRange, size: int, etag: str, version_id: str, thing: str
+) -> None:
+    """Hold what a store says of its answer against what was asked."""
+    wanted = info.version
+    # A weak tag says that nothing but the bytes may differ; the mark itself comes and goes.
+    if etag and wanted.etag and etag.removeprefix("W/") != wanted.etag.removeprefix("W/"):
+        raise VersionChanged(f"{thing} no longer has the version {wanted.etag}; it is {etag} now")
+    if wanted.version_id and version_id and version_id != wanted.version_id:
+        raise WrongBytes(f"{thing}: version {wanted.version_id} was asked for, {version_id} came")
+    if size != info.size:
+        if wanted.etag and etag:
+            raise WrongBytes(f"{thing}: version {wanted.etag} has {info.size} bytes, the answer is of {size}")
+        raise VersionChanged(f"{thing} had {info.size} bytes and has {size} now")
+    if wanted.condition and not etag:
+        raise WrongBytes(f"{thing}: the answer does not say which version it is of")
+    if got != span:
+        raise WrongBytes(f"{thing}: bytes {span} were asked for, {got} came")
+
+
+def _client_options(settings: SourceSettings, *, url: str, ca_bundle: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "allow_http": not url.startswith("https:"),
+        "connect_timeout": timedelta(seconds=settings.connect_timeout),
+        "read_timeout": timedelta(seconds=settings.stall_timeout),
+        "timeout": timedelta(seconds=settings.timeout),
+        "pool_max_idle_per_host": str(CONNECTIONS),
+    }
+    if ca_bundle:
+        with open(ca_bundle, "rb") as file:
+            options["root_certificate"] = file.read()
+    return options
+
+
+# Retries are `datacache.sources.steady`'s: two layers of them would multiply.
+_ONCE: Any = {"max_retries": 0}
+
+
+def s3_store(
+    name: str, *, endpoint: str, region: str, style: str, keys: Keys | None, requester_pays: bool,
+    ca_bundle: str, settings: SourceSettings,
+) -> S3Store:  # fmt: skip
+    """A client of one bucket; `endpoint` is the store's. No `keys`: requests are not signed."""
+    if style == "virtual":  # obstore wants the bucket in the endpoint then
+        scheme, _, host = endpoint.partition("://")
+        endpoint = f"{scheme}://{name}.{host}"
+    config: Any = {
+        # All that has a variable is set: obstore would look into os.environ for the rest.
+        "endpoint": endpoint,
+        "region": region,
+        "virtual_hosted_style_request": style != "path",
+        "request_payer": requester_pays,
+        "skip_signature": keys is None,
+    }
+    return S3Store(
+        name, config=config, retry_config=_ONCE, credential_provider=_fixed(keys) if keys else None,
+        client_options=_client_options(settings, url=endpoint, ca_bundle=ca_bundle),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _fixed(keys: Keys) -> Any:
+    """A provider of these keys for ever: whoever has new keys makes a new store. (Keys set in the
+    configuration instead would be joined by the AWS_SESSION_TOKEN of this process.)"""
+    return lambda: {
+        "access_key_id": keys.access_key, "secret_access_key": keys.secret_key,
+        "token": keys.token or None, "expires_at": None,
+    }  # fmt: skip
+
+
+def gcs_store(name: str, *, config: Mapping[str, Any], ca_bundle: str, settings: SourceSettings) -> GCSStore:
+    """A client of one Google bucket."""
+    options = _client_options(settings, url=config.get("base_url", "https:"), ca_bundle=ca_bundle)
+    return GCSStore(name, config=dict(config), retry_config=_ONCE, client_options=options)  # type: ignore[arg-type]
+
+
+def azure_store(
+    name: str, *, config: Mapping[str, Any], ca_bundle: str, settings: SourceSettings
+) -> AzureStore:
+    """A client of one Azure container."""
+    options = _client_options(settings, url=config.get("endpoint", "https:"), ca_bundle=ca_bundle)
+    return AzureStore(name, config=dict(config), retry_config=_ONCE, client_options=options)  # type: ignore[arg-type]
+
+
+def http_store(url: str, *, ca_bundle: str, settings: SourceSettings) -> HTTPStore:
+    """A client of a web server, for paths below `url`."""
+    options = _client_options(settings, url=url, ca_bundle=ca_bundle)
+    return HTTPStore(url, retry_config=_ONCE, client_options=options)  # type: ignore[arg-type]
+
+
+def head(store: Store, key: str, *, thing: str) -> ObjectInfo:
+    """Size and version of one object, under its whole key."""
+    return _info(_asking(lambda: obstore.head(store, key), thing))
+
+
+def _info(meta: Mapping[str, Any], *, skip: int = 0) -> ObjectInfo:
+    modified: datetime | None = meta.get("last_modified")
+    stamp = round(modified.timestamp() * 1000) * 1_000_000 if modified else 0
+    etag = entity_tag(meta.get("e_tag"))
+    version = Version(etag) if etag else Version(stamp=f"{meta['size']}-{stamp}")
+    return ObjectInfo(meta["path"][skip:], meta["size"], version, stamp)
+
+
+def _pages(store: Store, under: str, *, thing: str) -> Iterator[tuple[list[Mapping[str, Any]], list[str]]]:
+    """A recursive listing, page by page: objects, and never a prefix."""
+    stream = iter(obstore.list(store, under, chunk_size=1000))
+    while True:
+        try:
+            chunk = _asking(lambda: next(stream), thing)
+        except StopIteration:
+            return
+        yield chunk, []
+
+
+class ObjectStoreSource:
+    """A bucket of Google's or Azure's: listed, statted and read by obstore.
+
+    Their listings come through object_store's paths. A key that those cannot carry (`a//b`, `..`)
+    makes its listing Unsupported; a directory marker `dir/` comes as an empty object `dir` and is
+    dropped where `dir/` has other objects.
+    """
+
+    def __init__(self, store: Store, *, uri: str, prefix: str) -> None:
+        self._store, self._uri, self._prefix = store, uri, prefix
+
+    def __repr__(self) -> str:
+        return f"<ObjectStoreSource {self._uri}>"
+
+    @property
+    def uri(self) -> str:
+        return self._uri
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(conditional=True)
+
+    def list(self, prefix: str, *, recursive: bool, versions: bool = False) -> Iterator[Page]:
+        if versions:
+            raise Unsupported(f"{self._uri}: versions are not listed at this store")
+        under = self._prefix + prefix
+        if recursive:
+            pages = _pages(self._store, under, thing=self._uri)
+        else:
+            answer = _asking(lambda: obstore.list_with_delimiter(self._store, under), self._uri)
+            names = [name + "/" for name in answer["common_prefixes"]]
+            pages = iter([(answer["objects"], names)])
+        held: ObjectInfo | None = None  # an empty object that may turn out to be a directory's marker
+        for objects, names in pages:
+            folded = {name[len(self._prefix) :] for name in names}
+            kept: list[ObjectInfo] = []
+            for meta in objects:
+                info = _info(meta, skip=len(self._prefix))
+                if held is not None and not info.key.startswith(held.key + "/"):
+                    kept.append(held)
+                held = None
+                if info.size == 0 and info.key + "/" not in folded:
+                    held = info
+                elif info.size:
+                    kept.append(info)
+            yield Page(kept, sorted(folded))
+        if held is not None:
+            yield Page([held], [])
+
+    def stat(self, key: str) -> ObjectInfo:
+        self._check(key)
+        return head(self._store, self._prefix + key, thing=self._thing(key))._replace(key=key)
+
+    def read(self, info: ObjectInfo, span: ByteRange) -> memoryview:
+        self._check(info.key)
+        return get(self._store, self._prefix + info.key, info, span, thing=self._thing(info.key))
+
+    def close(self) -> None:
+        """Nothing is held: connections go with the store."""
+
+    def _thing(self, key: str) -> str:
+        return f"{self._uri.partition('?')[0].rstrip('/')}/{key}"
+
+    def _check(self, key: str) -> None:
+        if not can_name(self._prefix + key):
+            raise Unsupported(f"{self._thing(key)} has a name that this client cannot ask for")

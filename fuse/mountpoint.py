@@ -1,0 +1,294 @@
+"""
+Mounts of ours, seen from outside: which there are, which are stale, how they are taken down.
+
+All from /proc/self/mountinfo. A mount is never statted by the process that asks: one whose daemon
+hangs would hang it too, beyond the reach of any signal. The one question that needs the mount
+itself (is its daemon gone?) is put by a process of its own that is given a bounded time.
+"""
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from datacache.errors import MountError, SettingError
+
+log = logging.getLogger(__name__)
+
+FSTYPE = "fuse.datacache"
+"""What our mounts are in the mount table."""
+
+_PROBE_TIMEOUT = 2.0
+"""Seconds within which a mount whose daemon is gone says so (it does at once: ENOTCONN)."""
+_HOLDERS_TIMEOUT = 2.0
+"""Seconds spent on finding out who keeps a mount busy."""
+_HOLDERS_NAMED = 5
+_SYMLINKS = 40  # as the kernel
+
+_MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
+
+
+@dataclass(frozen=True)
+class MountInfo:
+    """One line of the mount table."""
+
+    directory: str
+    device: str
+    """"MAJOR:MINOR": the name of the mount's bdi, and of this mount among all that ever were here."""
+    fstype: str
+    source: str
+    """What is mounted, as `df` shows it."""
+
+
+# ---- the mount table -----------------------------------------------------------------------------
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+def parse_mountinfo(text: bytes) -> list[MountInfo]:
+    """The lines of a mountinfo file, oldest first. See proc_pid_mountinfo(5)."""
+    mounts = []
+    for line in text.splitlines():
+        fields = line.split(b" ")
+        # Optional fields end with "-"; behind it: type, source, options of the super block.
+        dash = fields.index(b"-", 6)
+        fstype, source = fields[dash + 1 : dash + 3]
+        mounts.append(
+            MountInfo(_unescape(fields[4]), fields[2].decode(), _unescape(fstype), _unescape(source))
+        )
+    return mounts
+
+
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(_OCTAL.sub(lambda m: bytes([int(m[1], 8)]), field))
+
+
+def _mounts() -> dict[str, MountInfo]:
+    """The topmost mount of each directory."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        return {mount.directory: mount for mount in parse_mountinfo(table.read())}
+
+
+def _find(directory: str) -> MountInfo | None:
+    """The mount at `directory`, found without touching it."""
+    mounts = _mounts()
+    path = os.path.abspath(directory)
+    for _ in range(_SYMLINKS):
+        if path in mounts:
+            return mounts[path]
+        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        if path in mounts:
+            return mounts[path]
+        try:
+            target = os.readlink(path)
+        except OSError:
+            return None
+        path = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    return None
+
+
+def is_mounted(directory: str) -> MountInfo | None:
+    """The mount of ours at `directory`, if there is one. Never touches the mount."""
+    mount = _find(directory)
+    return mount if mount is not None and mount.fstype == FSTYPE else None
+
+
+# ---- stale mounts --------------------------------------------------------------------------------
+
+
+def is_stale(directory: str) -> bool:
+    """Whether `directory` is a mount of ours whose daemon is gone. Takes at most `_PROBE_TIMEOUT`.
+
+    A daemon that is there and does not answer is not stale: its files may come back.
+    """
+    mount = is_mounted(directory)
+    return mount is not None and _statfs_outside(mount.directory) in (errno.ENOTCONN, errno.ECONNABORTED)
+
+
+def _statfs_outside(directory: str) -> int | None:
+    """The errno of statfs, asked by another process; 0 when it works, None when there is no answer in time.
+
+    Not `subprocess`: that waits for a child that it killed, and one that hangs in a mount cannot die.
+    """
+    program = "import os,sys\ntry: os.statvfs(sys.argv[1])\nexcept OSError as e: sys.exit(e.errno)"
+    child = os.posix_spawn(sys.executable, [sys.executable, "-ISc", program, directory], os.environ)
+    with _pidfd(child) as ended:
+        poll = select.poll()
+        poll.register(ended, select.POLLIN)
+        if not poll.poll(_PROBE_TIMEOUT * 1000):
+            os.kill(child, signal.SIGKILL)
+            # Reaped if it can die; else it stays behind, until the mount answers or is taken down.
+            if not poll.poll(100):
+                return None
+            os.waitpid(child, 0)
+            return None
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextlib.contextmanager
+def _pidfd(pid: int) -> Iterator[int]:
+    descriptor = os.pidfd_open(pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def clean_stale(directory: str) -> bool:
+    """Take a stale mount of ours off `directory`; whether there was one."""
+    if not is_stale(directory):
+        return False
+    unmount(directory, lazy=True)
+    log.warning("%s was still mounted by a process that is gone; taken off", directory)
+    return True
+
+
+# ---- unmounting ----------------------------------------------------------------------------------
+
+
+def unmount(directory: str, *, lazy: bool = False, force: bool = False) -> None:
+    """Take the mount of ours off `directory`.
+
+    `lazy`: at once, also when it is in use; what is open stays readable until it is closed.
+    `force`: what is open and under way fails; for a daemon that hangs. Needs root.
+    """
+    mount = is_mounted(directory)
+    if mount is None:
+        raise MountError(f"{directory} is not mounted by datacache")
+    if os.geteuid() == 0:
+        problem = _umount2(mount.directory, lazy=lazy, force=force)
+    elif force:
+        raise MountError("only root can unmount by force; try --lazy")
+    else:
+        problem = _fusermount(mount.directory, lazy=lazy)
+    if "busy" in problem:
+        holders = _holders(mount.directory)
+        by = f" by {', '.join(holders)}" if holders else ""
+        raise MountError(f"{directory} is in use{by}; end that first, or unmount with --lazy")
+    if problem:
+        raise MountError(f"cannot unmount {directory}: {problem}")
+
+
+def _umount2(directory: str, *, lazy: bool, force: bool) -> str:
+    """umount2(2); why it failed, or empty."""
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0) | (_MNT_FORCE if force else 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    return "" if libc.umount2(os.fsencode(directory), flags) == 0 else os.strerror(ctypes.get_errno())
+
+
+def _fusermount(directory: str, *, lazy: bool) -> str:
+    """What fusermount3 says when it refuses; empty when it has unmounted."""
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", directory]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except FileNotFoundError:
+        return "fusermount3 is missing (Debian: apt install fuse3)"
+    except subprocess.TimeoutExpired:
+        return "fusermount3 did not end within 30 s"
+    return "" if done.returncode == 0 else (done.stderr.strip() or f"fusermount3 exited {done.returncode}")
+
+
+def _holders(directory: str) -> list[str]:
+    """Processes that have something of `directory` open, mapped or as working directory; the first few.
+
+    Links in /proc are read, never followed, so nothing here touches the mount.
+    """
+    deadline = time.monotonic() + _HOLDERS_TIMEOUT
+    found: list[str] = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if time.monotonic() > deadline or len(found) == _HOLDERS_NAMED:
+            break
+        with contextlib.suppress(OSError):  # it ended, or is not ours to look into
+            if _holds(f"/proc/{pid}", directory):
+                with open(f"/proc/{pid}/comm", "rb") as name:
+                    found.append(f"{os.fsdecode(name.read()).strip()} (process {pid})")
+    return found
+
+
+def _holds(process: str, directory: str) -> bool:
+    links = [f"{process}/cwd", f"{process}/root", f"{process}/exe"]
+    links += [f"{process}/fd/{fd}" for fd in os.listdir(f"{process}/fd")]
+    for link in links:
+        with contextlib.suppress(OSError):
+            if _within(os.readlink(link), directory):
+                return True
+    with open(f"{process}/maps", "rb") as maps:
+        paths = (line.split(None, 5)[5:] for line in maps)
+        return any(_within(os.fsdecode(path[0]).strip(), directory) for path in paths if path)
+
+
+def _within(path: str, directory: str) -> bool:
+    """Whether `path` is `directory` or below it. Both absolute and normalised."""
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+# ---- mounting ------------------------------------------------------------------------------------
+
+
+def obstacle() -> str:
+    """Why this machine cannot mount FUSE at all, and what to do; empty when it can."""
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return "/dev/fuse is missing: `modprobe fuse`, or start the container with --device /dev/fuse"
+    except OSError as error:
+        return (
+            f"/dev/fuse cannot be opened ({error.strerror}): "
+            "in a container, start it with --device /dev/fuse --cap-add SYS_ADMIN"
+        )
+    return ""
+
+
+def check_target(directory: str, caches: Sequence[str]) -> None:
+    """Raise unless a data set can be mounted on `directory`, with cache and state directories `caches`.
+
+    SettingError for what the user named wrongly, MountError for what stands in the way. A directory
+    that is not empty is no obstacle, as for mount(8), but it is said.
+    """
+    if (mount := is_mounted(directory)) is not None:
+        raise MountError(
+            f"{directory} already shows {mount.source}; unmount it first: datacache umount {directory}"
+        )
+    if not os.path.isdir(directory):
+        found = "not a file" if os.path.exists(directory) else "one that exists (mkdir it first)"
+        raise SettingError("mount point", directory, f"a directory, {found}")
+    target = os.path.realpath(directory)
+    for cache in caches:
+        place = os.path.realpath(cache)
+        # Under the mount point it would vanish behind the mount, and then be read through itself; above
+        # it, whoever cleans or walks the cache would walk into the mount.
+        if _within(place, target) or _within(target, place):
+            raise SettingError(
+                "cache or state directory", cache, f"one that is neither under nor over {directory}"
+            )
+    if why := obstacle():
+        raise MountError(why)
+    with contextlib.suppress(OSError):  # who mounts need not be able to read it
+        if os.listdir(target):
+            log.warning("%s is not empty; what lies in it is hidden while it is mounted on", directory)
+
+
+def set_read_ahead(directory: str, size: int) -> bool:
+    """Let the kernel read `size` bytes ahead on the mount at `directory`; False where we may not (not root).
+
+    The kernel takes it from the mount's bdi; what a FUSE server asks for at INIT is cut to 128 KiB.
+    """
+    mount = is_mounted(directory)
+    if mount is None:
+        raise MountError(f"{directory} is not mounted by datacache")
+    try:
+        with open(f"/sys/class/bdi/{mount.device}/read_ahead_kb", "w") as knob:
+            knob.write(str(max(1, size // 1024)))
+    except OSError as error:
+        log.info("read-ahead of %s stays as it is: %s", directory, error.strerror)
+        return False
+    return True

@@ -1,0 +1,105 @@
+"""
+Silence is asserted: a warning, an unannounced WARNING log, a thread, descriptor, mount or child
+process left behind fails the test that left it.
+"""
+
+import gc
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from datacache.clock import VirtualClock
+
+# Threads of libraries that live as long as the process, by name prefix.
+_IMMORTAL_THREADS = ("pytest_timeout", "fsspecIO", "ThreadPoolExecutor-moto", "asyncio_", "Trio thread")
+
+
+class AnnouncedLogs:
+    """What a test expects to be logged at WARNING or above: substrings of messages."""
+
+    def __init__(self) -> None:
+        self.expected: list[str] = []
+        self.seen: list[logging.LogRecord] = []
+
+    def expect(self, part: str) -> None:
+        """Let records whose message contains `part` pass."""
+        self.expected.append(part)
+
+    def messages(self) -> list[str]:
+        return [record.getMessage() for record in self.seen]
+
+
+class _Recorder(logging.Handler):
+    def __init__(self, logs: AnnouncedLogs) -> None:
+        super().__init__(logging.WARNING)
+        self._logs = logs
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._logs.seen.append(record)
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[AnnouncedLogs]:
+    """Fails the test on any log of WARNING or above of our own that it did not announce."""
+    announced = AnnouncedLogs()
+    recorder = _Recorder(announced)
+    watched = [logging.getLogger(name) for name in ("datacache", "fuse", "csi")]
+    for logger in watched:
+        logger.addHandler(recorder)
+    yield announced
+    for logger in watched:
+        logger.removeHandler(recorder)
+    surprises = [m for m in announced.messages() if not any(part in m for part in announced.expected)]
+    assert not surprises, f"unannounced warnings were logged: {surprises}"
+
+
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def _threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if not t.name.startswith(_IMMORTAL_THREADS)}
+
+
+def _mounts() -> set[str]:
+    return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+
+
+def _leaked_files(before: dict[int, str]) -> list[str]:
+    # Sockets of pooled connections and epoll instances belong to clients that outlive a test.
+    return sorted(
+        name
+        for fd, name in _descriptors().items()
+        if before.get(fd) != name and name.startswith("/") and not name.startswith(("/dev/", "/proc/"))
+    )
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails the test that leaves a thread, an open file or a mount."""
+    threads, files, mounts = _threads(), _descriptors(), _mounts()
+    yield
+    deadline = time.monotonic() + 5  # threads that were told to end are given a moment to do so
+    while (_threads() - threads or _leaked_files(files)) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert not (left := _threads() - threads), f"threads left behind: {left}"
+    assert not (left_files := _leaked_files(files)), f"files left open: {left_files}"
+    assert not (left_mounts := _mounts() - mounts), f"left mounted: {left_mounts}"
+
+
+@pytest.fixture
+def clock() -> VirtualClock:
+    """Time that passes only when it is told to."""
+    return VirtualClock()

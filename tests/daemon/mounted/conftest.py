@@ -1,0 +1,178 @@
+"""Real mounts: a daemon in a process of its own, started as `datacache mount` starts it, over a
+directory as the store."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datacache.cluster import registry
+from datacache.cluster.client import ControlClient
+from datacache.config.parsing import dump_settings
+from datacache.config.settings import (
+    CacheSettings,
+    IndexSettings,
+    MountSettings,
+    Settings,
+    TierSettings,
+)
+from datacache.model import Dataset, Medium, MiB, MountPoint
+from fuse import mountpoint
+
+START = 30.0
+"""Seconds for a daemon to say that it has mounted, on a machine that is busy with other things."""
+STOP = 20.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests here need a kernel that lets us mount."""
+    problem = mountpoint.obstacle()
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.mounted)
+            if problem:
+                item.add_marker(pytest.mark.skip(reason=problem))
+
+
+@dataclass
+class Daemon:
+    """A mount and the process behind it."""
+
+    bucket: Path
+    """The directory that is the store."""
+    settings: Settings
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    answer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.settings.mount.directory)
+
+    def start(self) -> "Daemon":
+        """Start the daemon; returns with its one line in `answer` ({} where it ended without one)."""
+        read, write = os.pipe()
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "fuse", "--ready-fd", str(write)],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(write,), cwd="/",
+            )  # fmt: skip
+        os.close(write)
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as settings:
+            settings.write(dump_settings(self.settings).encode())
+        with open(read, "rb") as ready:
+            assert select.select([ready], [], [], START)[0], f"no answer:\n{self.log.read_text()}"
+            line = ready.readline()
+        self.answer = json.loads(line) if line else {}
+        return self
+
+    def wait(self) -> int:
+        """The exit code of the daemon, which is to end by itself."""
+        assert self.process is not None
+        return self.process.wait(STOP)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def stop(self) -> None:
+        """End it, whatever state it is in."""
+        if self.process is None:
+            return
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(STOP)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if mountpoint.is_mounted(str(self.directory)):
+            mountpoint.unmount(str(self.directory), lazy=True)
+
+    def registered(self) -> registry.Registration | None:
+        return registry.find(self.settings.runtime, str(self.directory))
+
+    def status(self) -> dict[str, Any]:
+        """What `datacache status` would show."""
+        return self.control().status()
+
+    def control(self) -> ControlClient:
+        found = self.registered()
+        assert found is not None
+        return ControlClient(found.socket)
+
+    def wait_until_cached(self, name: str, size: int) -> None:
+        """Readers are served before the cache is filled; return when it is, too."""
+        deadline = time.monotonic() + STOP
+        while sum(self.control().stat(f"/{name}").cached.values()) < size:
+            assert time.monotonic() < deadline, f"{name} is not cached"
+            time.sleep(0.01)
+
+    def requests(self) -> dict[str, int]:
+        """FUSE requests answered so far, by kind. No file may be open: RELEASE is sent after close has
+        returned, so this waits for it."""
+        deadline = time.monotonic() + STOP
+        while (status := self.status())["mount_files"]["open_files"]:
+            assert time.monotonic() < deadline, "files are still open"
+        counts: dict[str, int] = status["mount_requests"]
+        return counts
+
+
+Start = Callable[..., Daemon]
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Path:
+    """The directory that is the store."""
+    directory = tmp_path / "bucket"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, bucket: Path) -> Iterator[Start]:
+    """Makes daemons over `bucket`, all with one state, cache and mount point unless told otherwise;
+    starts them; ends them."""
+    made: list[Daemon] = []
+
+    def make(
+        *,
+        mount: MountSettings | None = None,
+        index: IndexSettings | None = None,
+        directory: Path = tmp_path / "mnt",
+        cache: Path = tmp_path / "cache",
+        start: bool = True,
+    ) -> Daemon:
+        directory.mkdir(exist_ok=True)
+        settings = Settings(
+            dataset=Dataset("test", (MountPoint(bucket.as_uri()),)),
+            state=str(tmp_path / "state"),
+            runtime=str(tmp_path / "runtime"),
+            cache=CacheSettings(tiers=(TierSettings(Medium.SSD, str(cache), 256 * MiB),)),
+            index=index or IndexSettings(),
+            mount=replace(mount or MountSettings(), directory=str(directory)),
+        )
+        one = Daemon(bucket, settings, log=tmp_path / "daemon.log")
+        made.append(one)
+        if start:
+            one.start()
+            assert one.answer.get("ok"), f"{one.answer}\n{one.log.read_text()}"
+        return one
+
+    yield make
+    for one in reversed(made):
+        one.stop()
+    log = (tmp_path / "daemon.log").read_text() if made and made[0].log.exists() else ""
+    assert "Traceback" not in log, log

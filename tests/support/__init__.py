@@ -1,0 +1,1 @@
+"""What tests share: servers, data, oracles. Nothing here is a test."""

@@ -1,0 +1,877 @@
+"""What a directory tier does when things go wrong: restarts, kills, boots, damage, full and broken disks."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from datacache.cache.directory import MANAGED, DirectoryTier, Owner, Rules, read_owner
+from datacache.cache.policy import Space
+from datacache.cache.verify import verify
+from datacache.clock import VirtualClock
+from datacache.config.settings import Policy
+from datacache.errors import CacheError, Damaged, Locked, TierBroken, TierFull
+from datacache.model import ByteRange, CacheKey, GiB, KiB, MiB
+from tests.conftest import AnnouncedLogs
+from tests.contract.tier_suite import content, key, put, used, whole
+from tests.support.faulty_disk import WRITES, FaultyDisk
+
+BLOCK = 16 * KiB
+OWNER = Owner(os.getpid(), "/mnt/data", "/run/x.sock")
+Open = Callable[..., DirectoryTier]
+
+
+@pytest.fixture
+def disk() -> FaultyDisk:
+    return FaultyDisk()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def start(place: Path, clock: VirtualClock, disk: FaultyDisk) -> Iterator[Open]:
+    """Opens the tier, in boot "one" unless told otherwise; without a keeper: tests call `upkeep`."""
+    opened = []
+
+    def start(*, boot: str = "one", quota: int = 64 * MiB, **rules: object) -> DirectoryTier:
+        settings = {"reserve": 0.0, "dataset": "mine", **rules}
+        tier = DirectoryTier(
+            str(place),
+            Rules("ssd:x", quota, BLOCK, **settings),  # type: ignore[arg-type]
+            owner=OWNER,
+            clock=clock,
+            disk=disk,
+            boot=boot,
+            keeper=False,
+        )
+        opened.append(tier)
+        return tier
+
+    yield start
+    for tier in opened:
+        tier.close()
+
+
+def files(place: Path) -> list[Path]:
+    return sorted(p for p in (place / MANAGED / "objects").rglob("*") if p.is_file())
+
+
+def read(tier: DirectoryTier, of: CacheKey, span: ByteRange | None = None) -> bytes:
+    file = tier.open(of)
+    try:
+        return bytes(file.read(span or whole(of)))
+    finally:
+        file.close()
+
+
+def settle(tier: DirectoryTier) -> None:
+    """Let upkeep do all that it has to do."""
+    tier.upkeep()
+    while tier.store is not None and not tier.store.surveyed:
+        tier.upkeep()
+
+
+# ---- on disk ------------------------------------------------------------------------------------
+
+
+def test_the_cached_file_is_the_object(start: Open, place: Path) -> None:
+    """One plain sparse file an object, byte for byte at the object's own offsets; private to us; what
+    lies beside our sub-directory is not ours."""
+    place.mkdir()
+    (place / "precious").write_text("mine")
+    tier = start()
+    a = key("a", 1 * MiB)
+    file = tier.open(a)
+    file.fill(512 * KiB, content(a)[512 * KiB : 528 * KiB])
+    (path,) = files(place)
+    assert path.stat().st_blocks * 512 <= 32 * KiB
+    file.fill(0, content(a))
+    file.close()
+    assert path.read_bytes() == content(a)
+    assert path.name.startswith(a.digest) and path.parent.name == a.digest[:2]
+    layout = json.loads((place / MANAGED / "layout.json").read_text())
+    assert layout["format"] == 1 and layout["uuid"]
+    for found in (place / MANAGED).rglob("*"):
+        assert found.stat().st_mode & 0o777 == (0o700 if found.is_dir() else 0o600), found
+    assert (place / MANAGED).stat().st_mode & 0o777 == 0o700
+    assert (place / "precious").read_text() == "mine"
+
+
+def test_a_block_never_exceeds_the_block_size(start: Open) -> None:
+    """Large fills are cut at aligned boundaries, so that a doubtful read verifies little."""
+    tier = start()
+    a = key("a", 100 * KiB)
+    file = tier.open(a)
+    file.fill(1000, content(a)[1000:])
+    file.close()
+    assert tier.store is not None
+    row = tier.store.catalogue.find(bytes.fromhex(a.digest))
+    assert row is not None
+    spans = [block.span for block in tier.store.catalogue.blocks(row.id)]
+    assert spans[0] == ByteRange(1000, BLOCK) and spans[1] == ByteRange(BLOCK, 2 * BLOCK)
+    assert spans[-1] == ByteRange(96 * KiB, 100 * KiB) and len(spans) == 7
+
+
+# ---- restarts, kills, boots ---------------------------------------------------------------------
+
+
+def test_a_restart_finds_everything(start: Open, clock: VirtualClock) -> None:
+    """Bytes, pins, supersession and last opens survive a clean end."""
+    tier = start()
+    keys = [key(f"k{i}") for i in range(3)]
+    for each in keys:
+        put(tier, each)
+    tier.pin(keys[0], True)
+    tier.supersede(keys[1])
+    clock.advance(60)
+    tier.open(keys[2]).close()
+    opened = clock.wall()
+    tier.close()
+    tier = start()
+    assert tier.store is not None and tier.store.surveyed  # nothing to look for after a clean end
+    found = {entry.key: entry for entry in tier.entries()}
+    assert found[keys[0]].pinned and found[keys[2]].last_open == opened
+    assert tier.store.choose(1, Policy.KEEP) == [bytes.fromhex(keys[1].digest)]
+    assert all(read(tier, each) == content(each) for each in keys)
+
+
+def test_after_a_mere_kill_nothing_is_read_again(start: Open, disk: FaultyDisk) -> None:
+    """Every fill that returned is there, and no open waits for a checksum."""
+    tier = start()
+    keys = [key(f"k{i}", 100 * KiB) for i in range(5)]
+    for each in keys:
+        put(tier, each)
+    tier.abandon()
+    tier = start()
+    disk.reads = 0
+    opened = [tier.open(each) for each in keys]
+    assert all(file.gaps(whole(file.key)) == [] for file in opened)
+    assert disk.reads == 0
+    for file in opened:
+        assert bytes(file.read(whole(file.key))) == content(file.key)
+        file.close()
+    assert disk.reads == 5
+    settle(tier)
+    assert verify_clean(tier)
+
+
+def verify_clean(tier: DirectoryTier) -> bool:
+    tier.close()
+    return verify(tier.path, repair=False).problems == ()
+
+
+def test_after_another_boot_blocks_are_verified_as_they_are_served(
+    start: Open, place: Path, disk: FaultyDisk
+) -> None:
+    """What was not synced before a power cut is doubted block by block: damage is a miss, never an
+    answer; what was found good is remembered."""
+    tier = start(boot="one")
+    a = key("a", 64 * KiB)
+    put(tier, a)
+    tier.abandon()
+    (path,) = files(place)
+    with path.open("r+b") as damaged:  # what ext4 may leave: the size, and zeros
+        damaged.seek(BLOCK)
+        damaged.write(bytes(BLOCK))
+    tier = start(boot="two")
+    disk.reads = 0
+    file = tier.open(a)
+    assert file.gaps(whole(a)) == [] and disk.reads == 0  # no open waits
+    assert file.read_nowait(ByteRange(0, 10)) is None  # in doubt
+    assert bytes(file.read(ByteRange(0, 10))) == content(a)[:10]
+    assert disk.reads == 2  # one block, then the bytes
+    assert file.read_nowait(ByteRange(0, 10)) == content(a)[:10]
+    with pytest.raises(Damaged):
+        file.read(whole(a))
+    assert file.gaps(whole(a)) == [ByteRange(BLOCK, 2 * BLOCK)]
+    assert tier.stats()[0].damaged == 1
+    assert path.stat().st_blocks * 512 == 48 * KiB  # its space is given back, and counted so
+    assert used(tier) == 48 * KiB
+    file.fill(BLOCK, content(a)[BLOCK : 2 * BLOCK])
+    assert bytes(file.read(whole(a))) == content(a)
+    file.close()
+    tier.upkeep()  # lazily remembered
+    tier.abandon()
+    tier = start(boot="two")
+    disk.reads = 0
+    assert read(tier, a) == content(a) and disk.reads == 1
+
+
+def test_what_was_synced_is_trusted_after_a_boot(start: Open, clock: VirtualClock, disk: FaultyDisk) -> None:
+    """The keeper makes data durable and then says so; only what it had not reached is in doubt."""
+    tier = start(boot="one")
+    early, late = key("early"), key("late")
+    put(tier, early)
+    clock.advance(10)
+    tier.upkeep()
+    assert disk.synced == 1
+    put(tier, late)
+    tier.abandon()
+    tier = start(boot="two")
+    for each, reads in ((early, 1), (late, 1 + 7)):
+        disk.reads = 0
+        assert read(tier, each) == content(each)
+        assert disk.reads == reads
+    clock.advance(10)
+    settle(tier)  # what was verified is synced, too
+    tier.abandon()
+    tier = start(boot="three")
+    disk.reads = 0
+    assert read(tier, late) == content(late) and disk.reads == 1
+
+
+def test_nothing_is_called_synced_before_it_is(
+    start: Open, clock: VirtualClock, disk: FaultyDisk, logs: AnnouncedLogs
+) -> None:
+    """A failing sync leaves the blocks in doubt and sets the tier aside."""
+    logs.expect("set aside")
+    tier = start(boot="one")
+    a = key("a")
+    put(tier, a)
+    disk.break_down(frozenset({"sync"}))
+    clock.advance(10)
+    tier.upkeep()
+    assert tier.stats()[0].state == "broken"
+    tier.abandon()
+    disk.heal()
+    tier = start(boot="two")
+    disk.reads = 0
+    assert read(tier, a) == content(a) and disk.reads == 8
+
+
+def test_many_entries_are_synced_at_once(start: Open, clock: VirtualClock, disk: FaultyDisk) -> None:
+    """One sync of the file system instead of a journal commit a file; nothing new, no sync."""
+    tier = start()
+    for i in range(20):
+        put(tier, key(f"k{i}", 4 * KiB))
+    clock.advance(10)
+    tier.upkeep()
+    clock.advance(10)
+    tier.upkeep()
+    assert disk.rounds == 1 and disk.synced == 0
+
+
+def test_a_fill_during_a_sync_stays_in_doubt(start: Open, disk: FaultyDisk, clock: VirtualClock) -> None:
+    """Blocks recorded after a sync began are not covered by it."""
+    tier = start()
+    a = key("a", 2 * BLOCK)
+
+    def fill_more() -> None:
+        disk.before_sync = None
+        file = tier.open(a)
+        file.fill(BLOCK, content(a)[BLOCK : 2 * BLOCK])
+        file.close()
+
+    disk.before_sync = fill_more
+    file = tier.open(a)
+    file.fill(0, content(a)[:BLOCK])
+    file.close()
+    clock.advance(10)
+    tier.upkeep()
+    tier.abandon()
+    tier = start(boot="two")
+    disk.reads = 0
+    assert read(tier, a, ByteRange(0, BLOCK)) == content(a)[:BLOCK] and disk.reads == 1
+    assert read(tier, a, ByteRange(BLOCK, 2 * BLOCK)) == content(a)[BLOCK:] and disk.reads == 3
+
+
+def test_a_row_that_a_power_cut_brings_back_never_vouches_for_a_newer_file(start: Open, place: Path) -> None:
+    """An entry was synced, evicted, and filled anew; the cut takes the catalogue back to before."""
+    tier = start(boot="one")
+    a = key("a", 8 * KiB)
+    put(tier, a)
+    assert tier.store is not None
+    tier.store.sync()
+    tier.abandon()
+    shutil.copy(place / MANAGED / "catalogue.db", place / "old")
+    tier = start(boot="one")
+    tier.evict(a)
+    file = tier.open(a)
+    file.fill(0, content(a)[: 4 * KiB])  # the rest of the new file is a hole
+    file.close()
+    tier.abandon()
+    for name in ("catalogue.db-wal", "catalogue.db-shm"):
+        (place / MANAGED / name).unlink(missing_ok=True)
+    shutil.copy(place / "old", place / MANAGED / "catalogue.db")
+    tier = start(boot="two")
+    file = tier.open(a)
+    assert file.gaps(whole(a)) == [whole(a)]
+    file.close()
+    settle(tier)
+    assert files(place) == [] and used(tier) == 0
+
+
+def test_what_a_crash_left_behind_is_found(start: Open, place: Path) -> None:
+    """Files without a row go; bytes without a block give their space back; rows without a file go."""
+    tier = start()
+    a, lost = key("a", 64 * KiB), key("lost")
+    put(tier, lost)
+    (path,) = files(place)
+    path.unlink()
+    file = tier.open(a)
+    file.fill(0, content(a)[:BLOCK])
+    file.close()
+    tier.abandon()
+    (path,) = files(place)
+    with path.open("r+b") as half:  # a fill that was not recorded
+        half.seek(2 * BLOCK)
+        half.write(b"x" * BLOCK)
+    (path.parent / f"{a.digest}-123").write_bytes(b"x" * 1000)  # a first fill that was not
+    (path.parent / "what is this").write_bytes(b"x")
+    tier = start()
+    assert tier.stats()[0].entries == 2
+    settle(tier)
+    assert files(place) == [path]
+    assert path.stat().st_blocks * 512 == BLOCK == used(tier)
+    assert tier.stats()[0].entries == 1
+    assert read(tier, a, ByteRange(0, BLOCK)) == content(a)[:BLOCK]
+
+
+def test_an_entry_whose_file_is_missing_is_dropped_when_it_is_opened(start: Open, place: Path) -> None:
+    """No survey has to come first."""
+    tier = start()
+    a = key("a")
+    put(tier, a)
+    files(place)[0].unlink()
+    file = tier.open(a)
+    assert file.gaps(whole(a)) == [whole(a)] and used(tier) == 0
+    file.fill(0, content(a))
+    assert bytes(file.read(whole(a))) == content(a)
+    file.close()
+
+
+def test_a_file_that_was_cut_short_is_a_miss(start: Open, place: Path) -> None:
+    """Also without any doubt: a short read is never an answer."""
+    tier = start()
+    a = key("a", 64 * KiB)
+    put(tier, a)
+    os.truncate(files(place)[0], 40 * KiB)
+    file = tier.open(a)
+    assert bytes(file.read(ByteRange(0, 40 * KiB))) == content(a)[: 40 * KiB]
+    assert file.read_nowait(ByteRange(0, 41 * KiB)) is None
+    with pytest.raises(Damaged):
+        file.read(whole(a))
+    assert file.gaps(whole(a)) == [ByteRange(32 * KiB, 64 * KiB)]
+    file.close()
+
+
+def test_an_evicted_open_file_that_was_cut_short_is_an_error(start: Open, place: Path) -> None:
+    """No catalogue row is left to judge by; the read still ends, and not with bytes."""
+    tier = start()
+    a = key("a")
+    put(tier, a)
+    file = tier.open(a)
+    (path,) = files(place)
+    tier.evict(a)
+    assert not path.exists() and file.held is not None and file.held[1].handle is not None
+    os.truncate(file.held[1].handle.fd, 10)
+    with pytest.raises(Damaged):
+        file.read(whole(a))
+    file.close()
+
+
+def test_an_entry_that_lost_all_of_its_blocks_leaves_no_trace(start: Open, place: Path) -> None:
+    """All damaged: once it is closed, file and row are gone."""
+    tier = start()
+    a = key("a", BLOCK)
+    put(tier, a)
+    files(place)[0].write_bytes(b"\0" * BLOCK)
+    assert tier.recheck(a) == 1
+    assert files(place) == [] and list(tier.entries()) == [] and used(tier) == 0
+    assert tier.recheck(a) == 0
+
+
+# ---- full ---------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_full_and_not_broken(start: Open, place: Path, disk: FaultyDisk) -> None:
+    """ENOSPC in the middle of a write: nothing is kept, nothing stays behind, nothing is set aside."""
+    tier = start()
+    a, b = key("a", 64 * KiB), key("b", 64 * KiB)
+    file = tier.open(a)
+    file.fill(0, content(a)[:BLOCK])
+    disk.fail = {"write": errno.ENOSPC}
+    for each in (file, tier.open(b)):
+        with pytest.raises(TierFull):
+            each.fill(BLOCK, content(each.key)[BLOCK:])
+        each.close()
+    assert used(tier) == BLOCK and len(files(place)) == 1
+    assert files(place)[0].stat().st_blocks * 512 == BLOCK
+    disk.heal()
+    put(tier, b)
+    assert tier.stats()[0].state == "ok"
+    assert verify_clean(tier)
+
+
+@pytest.mark.parametrize(
+    ("left", "reason"),
+    [
+        (Space(GiB, GiB // 10 + 8 * KiB, 0, 0), "of 1.0 GiB left, and 10% stay free"),
+        (Space(GiB, GiB, 1000, 100), "100 of 1000 inodes left"),
+    ],
+)
+def test_a_tenth_of_the_file_system_stays_free(
+    start: Open, disk: FaultyDisk, left: Space, reason: str, clock: VirtualClock
+) -> None:
+    """Bytes and inodes; when somebody makes room the tier is no longer full."""
+    disk.left = left
+    tier = start(reserve=0.1)
+    with pytest.raises(TierFull, match=reason):
+        put(tier, key("a", 64 * KiB))
+    stats = tier.stats()[0]
+    assert stats.state == "full" and reason in stats.reason
+    disk.left = None
+    clock.advance(1)
+    put(tier, key("a", 64 * KiB))
+    assert tier.stats()[0].state == "ok"
+
+
+def test_our_own_fills_count_between_two_looks_at_the_file_system(start: Open, disk: FaultyDisk) -> None:
+    """The figure is up to a second old: what was admitted since is subtracted."""
+    disk.left = Space(GiB, 40 * KiB, 0, 0)
+    tier = start(reserve=0.0)
+    put(tier, key("a", 32 * KiB))
+    disk.left = Space(GiB, 8 * KiB, 0, 0)
+    with pytest.raises(TierFull):
+        put(tier, key("b", 32 * KiB))
+    assert tier.stats()[0].state == "full"
+
+
+def test_lru_evicts_what_was_opened_longest_ago(start: Open, clock: VirtualClock) -> None:
+    """Policy lru: needed room is made; open and pinned entries stay; the keeper goes on to the low
+    watermark."""
+    tier = start(quota=10 * BLOCK, policy=Policy.LRU, high=0.95, low=0.5)
+    keys = [key(f"k{i}", BLOCK) for i in range(10)]
+    for each in keys:
+        clock.advance(1)
+        put(tier, each)
+    clock.advance(1)
+    tier.open(keys[0]).close()  # the youngest now
+    tier.pin(keys[1], True)
+    file = tier.open(keys[2])
+    put(tier, key("new", BLOCK))
+    assert [k for k in keys if not tier.present(k)] == [keys[3]]
+    tier.upkeep()
+    assert [k.key for k in keys if tier.present(k)] == ["k0", "k1", "k2"] or used(tier) == 5 * BLOCK
+    assert used(tier) == 5 * BLOCK and tier.present(keys[0]) and tier.present(keys[1])
+    file.close()
+
+
+def test_idle_and_expired_data_goes_for_what_is_mounted(start: Open, clock: VirtualClock) -> None:
+    """Policy keep: another data set's entries go, those of the lowest priority first; so do our own
+    that nobody opened for too long; what we opened of others is ours."""
+    for name, priority in (("other", 0), ("cheap", -1)):
+        tier = start(quota=6 * BLOCK, dataset=name, priority=priority)
+        for i in range(2):
+            put(tier, key(f"{name}{i}", BLOCK))
+        tier.close()
+    tier = start(quota=6 * BLOCK, dataset="mine", expire=3600.0)
+    put(tier, key("mine0", BLOCK))
+    clock.advance(1)
+    tier.open(key("other1", BLOCK)).close()
+    put(tier, key("mine1", BLOCK))
+    gone = []
+    for i in range(2, 5):
+        put(tier, key(f"mine{i}", BLOCK))
+        names = {e.key.key for e in tier.entries()}
+        gone.append({"cheap0", "cheap1", "other0", "other1"} - names)
+    assert [len(g) for g in gone] == [1, 2, 3] and gone[1] == {"cheap0", "cheap1"}
+    assert "other1" not in gone[2]
+    with pytest.raises(TierFull):
+        put(tier, key("mine5", BLOCK))
+    clock.advance(3601)
+    put(tier, key("mine6", BLOCK))
+
+
+def test_a_choice_of_victims_goes_as_far_as_it_must(start: Open, clock: VirtualClock) -> None:
+    """More victims than one look at the catalogue finds."""
+    tier = start(quota=400 * 4 * KiB, policy=Policy.LRU)
+    for i in range(300):
+        put(tier, key(f"k{i}", 4 * KiB))
+    put(tier, key("big", 399 * 4 * KiB))
+    assert tier.present(key("big", 399 * 4 * KiB)) == 399 * 4 * KiB
+    assert tier.stats()[0].entries <= 2
+
+
+def test_a_quota_that_was_made_smaller_holds(start: Open, clock: VirtualClock) -> None:
+    """Whatever the policy, after the first round of upkeep; pins are pins."""
+    tier = start(quota=10 * BLOCK)
+    keys = [key(f"k{i}", BLOCK) for i in range(10)]
+    for each in keys:
+        clock.advance(1)
+        put(tier, each)
+    tier.pin(keys[0], True)
+    tier.close()
+    tier = start(quota=4 * BLOCK)
+    with pytest.raises(TierFull):
+        put(tier, key("new", BLOCK))
+    tier.upkeep()
+    assert used(tier) == 4 * BLOCK and tier.present(keys[0])
+    assert {k.key for k in keys if tier.present(k)} == {"k0", "k7", "k8", "k9"}
+
+
+def test_too_many_open_files_is_not_an_illness(start: Open, disk: FaultyDisk) -> None:
+    """Entries open empty, fills say what to do, and nothing is set aside."""
+    tier = start()
+    a = key("a")
+    put(tier, a)
+    disk.fail = {"open": errno.EMFILE, "create": errno.EMFILE}
+    file = tier.open(a)
+    assert file.gaps(whole(a)) == [whole(a)]
+    b = tier.open(key("b"))
+    with pytest.raises(TierFull, match="ulimit"):
+        b.fill(0, b"x")
+    b.close()
+    disk.heal()
+    assert bytes(file.read(whole(a))) == content(a)  # by itself
+    file.close()
+
+
+# ---- broken -------------------------------------------------------------------------------------
+
+
+def test_a_broken_disk_is_set_aside_and_comes_back(
+    start: Open, disk: FaultyDisk, clock: VirtualClock, logs: AnnouncedLogs
+) -> None:
+    """One warning; open entries are empty, fills fail, nothing hangs; after ten seconds, when the disk
+    works again, everything that was there is there, also for files that stayed open."""
+    logs.expect("cache tier ssd:x is set aside: Input/output error")
+    tier = start()
+    a, b = key("a"), key("b")
+    put(tier, a)
+    file = tier.open(a)
+    disk.break_down()
+    with pytest.raises(TierBroken):
+        put(tier, b)
+    assert tier.stats()[0].state == "broken" and "Input/output" in tier.stats()[0].reason
+    assert file.gaps(whole(a)) == [whole(a)]
+    for attempt in (
+        lambda: file.read(whole(a)),
+        lambda: tier.recheck(a),
+        lambda: file.fill(0, b"x"),
+        lambda: put(tier, b),
+    ):
+        with pytest.raises(TierBroken):
+            attempt()
+    assert file.read_nowait(whole(a)) is None
+    assert tier.present(a) == 0 and tier.evict(a) == 0 and list(tier.entries()) == []
+    assert tier.coldest(1) == []
+    tier.pin(a, True)
+    clock.advance(10)
+    tier.upkeep()  # still broken
+    assert tier.stats()[0].state == "broken"
+    disk.heal()
+    tier.upkeep()  # not yet time to try again
+    assert tier.stats()[0].state == "broken"
+    clock.advance(10)
+    tier.upkeep()
+    assert tier.stats()[0].state == "ok"
+    assert bytes(file.read(whole(a))) == content(a)
+    file.close()
+    put(tier, b)
+    assert len(logs.messages()) == 1
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EIO, errno.ESTALE])
+def test_reads_go_on_from_a_disk_that_cannot_be_written(
+    start: Open, disk: FaultyDisk, code: int, logs: AnnouncedLogs
+) -> None:
+    """Read-only: the tier is set aside at the first write, with the cause."""
+    logs.expect(os.strerror(code))
+    tier = start()
+    put(tier, key("a"))
+    disk.break_down(WRITES, code)
+    with pytest.raises(TierBroken):
+        put(tier, key("b"))
+    assert os.strerror(code) in tier.stats()[0].reason
+
+
+def test_a_bad_spot_is_a_miss_but_a_dying_disk_is_set_aside(
+    start: Open, disk: FaultyDisk, clock: VirtualClock, logs: AnnouncedLogs
+) -> None:
+    """A read that fails now and then drops its block; three within ten seconds are too many."""
+    logs.expect("set aside")
+    tier = start()
+    keys = [key(f"k{i}", BLOCK) for i in range(4)]
+    for each in keys:
+        put(tier, each)
+    for each in keys[:2]:
+        disk.fail = {"read": errno.EIO}
+        with pytest.raises(Damaged):
+            read(tier, each)
+        disk.heal()
+        clock.advance(6)
+        assert tier.present(each) == 0
+    assert tier.stats()[0].state == "ok"
+    disk.fail = {"read": errno.EIO}
+    with pytest.raises(Damaged):
+        read(tier, keys[2])
+    with pytest.raises(TierBroken):
+        read(tier, keys[3])
+
+
+def test_a_directory_deleted_underneath_is_made_anew(
+    start: Open, place: Path, clock: VirtualClock, logs: AnnouncedLogs
+) -> None:
+    """rm -rf of a cache in use: set aside within a round of upkeep, back and empty ten seconds later."""
+    logs.expect("the directory was deleted while it was in use")
+    tier = start()
+    a = key("a")
+    put(tier, a)
+    file = tier.open(a)
+    shutil.rmtree(place)
+    tier.upkeep()
+    assert tier.stats()[0].state == "broken"
+    clock.advance(10)
+    tier.upkeep()
+    assert tier.stats()[0].state == "ok" and tier.stats()[0].entries == 0
+    assert file.gaps(whole(a)) == [whole(a)]
+    file.fill(0, content(a))
+    assert bytes(file.read(whole(a))) == content(a)
+    file.close()
+
+
+def test_a_fill_notices_a_deleted_directory(start: Open, place: Path, logs: AnnouncedLogs) -> None:
+    """Before upkeep does."""
+    logs.expect("set aside")
+    tier = start()
+    shutil.rmtree(place)
+    with pytest.raises(TierBroken):
+        put(tier, key("a"))
+
+
+def test_never_two_owners_of_a_directory_made_anew(
+    start: Open, place: Path, clock: VirtualClock, logs: AnnouncedLogs
+) -> None:
+    """Somebody else took the directory over while ours was gone: we stay away until it is free."""
+    logs.expect("set aside")
+    tier = start()
+    put(tier, key("a"))
+    shutil.rmtree(place)
+    other = start()
+    put(other, key("b"))
+    tier.upkeep()
+    clock.advance(10)
+    tier.upkeep()
+    assert "in use by process" in tier.stats()[0].reason
+    assert files(place)[0].name.startswith(key("b").digest)
+    other.close()
+    clock.advance(10)
+    tier.upkeep()
+    assert tier.present(key("b")) == key("b").size
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_mount_point_without_its_disk_is_not_a_cache(
+    start: Open, place: Path, clock: VirtualClock, logs: AnnouncedLogs
+) -> None:
+    """The disk was unmounted underneath: what lies below is not ours to fill."""
+    logs.expect("set aside")
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", place], capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        tier = start()
+        put(tier, key("a"))
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+    tier.upkeep()
+    with suppress(CacheError):
+        put(tier, key("c"))
+    shutil.rmtree(place / MANAGED, ignore_errors=True)
+    assert tier.store is None or tier.store.figures()[1] >= 1
+    for _ in range(2):
+        clock.advance(10)
+        tier.upkeep()
+    assert not (place / MANAGED).exists()
+
+
+def test_a_catalogue_that_breaks_in_use_is_begun_anew(
+    start: Open, place: Path, clock: VirtualClock, logs: AnnouncedLogs
+) -> None:
+    """SQLite says that its file is malformed: the tier comes back empty, and works."""
+    logs.expect("set aside")
+    logs.expect("is emptied")
+    tier = start()
+    for i in range(50):
+        put(tier, key(f"k{i}", 4 * KiB))
+    tier.close()
+    tier = start()
+    path = place / MANAGED / "catalogue.db"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:4096] + b"\xa5" * (len(raw) - 4096))
+    for i in range(50):
+        tier.present(key(f"k{i}", 4 * KiB))
+    assert tier.stats()[0].state == "broken"
+    clock.advance(10)
+    tier.upkeep()
+    assert tier.stats()[0].state == "ok" and tier.stats()[0].entries == 0
+    put(tier, key("a"))
+    settle(tier)
+    assert len(files(place)) == 1
+    assert verify_clean(tier)
+
+
+# ---- what an older or broken directory holds ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("layout.json", b'{"format": 0}', "it has format 0"),
+        ("layout.json", b"{", "its layout.json is damaged"),
+        ("layout.json", b"[1]", "its layout.json is damaged"),
+        ("catalogue.db", b"this is not a database" * 1000, "its catalogue is damaged"),
+    ],
+)
+def test_a_cache_that_cannot_be_read_is_emptied(
+    start: Open, place: Path, name: str, text: bytes, why: str, logs: AnnouncedLogs
+) -> None:
+    """A cache may always begin anew; it says so."""
+    logs.expect(why)
+    tier = start()
+    a = key("a")
+    put(tier, a)
+    tier.close()
+    (place / MANAGED / name).write_bytes(text)
+    tier = start()
+    assert tier.present(a) == 0 and used(tier) == 0
+    put(tier, a)
+    settle(tier)
+    assert len(files(place)) == 1
+    assert not [p for p in (place / MANAGED).iterdir() if p.name.startswith("trash")]
+    assert len(logs.messages()) == 1
+
+
+# ---- one owner ----------------------------------------------------------------------------------
+
+
+def test_one_live_owner(start: Open, place: Path) -> None:
+    """A second owner is refused with the first one's pid and mount; the live owner can be asked for."""
+    assert read_owner(str(place)) is None
+    tier = start()
+    with pytest.raises(Locked, match=f"in use by process {os.getpid()}, mounted at /mnt/data") as caught:
+        start()
+    assert caught.value.pid == os.getpid() and caught.value.mount == "/mnt/data"
+    assert read_owner(str(place)) == OWNER
+    tier.close()
+    assert read_owner(str(place)) is None
+    start()
+
+
+def test_the_lock_of_a_dead_process_is_taken(start: Open, place: Path) -> None:
+    """However it died."""
+    program = (
+        "import sys, os\n"
+        "from datacache.cache.directory import *\n"
+        "from datacache.clock import SystemClock\n"
+        "tier = DirectoryTier(sys.argv[1], Rules('x', 1 << 30, 1 << 20), owner=Owner(os.getpid(), '/m', ''),"
+        " clock=SystemClock())\n"
+        "print('up', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"up\n"
+        with pytest.raises(Locked, match=f"process {child.pid}, mounted at /m"):
+            start()
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert read_owner(str(place)) is None
+    start()
+
+
+def test_a_lock_file_without_a_name_in_it_still_locks(start: Open, place: Path) -> None:
+    """An owner that has only just taken the lock."""
+    start()
+    os.truncate(place / MANAGED / "lock", 0)
+    with pytest.raises(Locked):
+        start()
+    assert read_owner(str(place)) == Owner(0, "", "")
+
+
+# ---- concurrency --------------------------------------------------------------------------------
+
+
+def test_a_second_fill_of_the_same_bytes_waits_for_the_first(start: Open, disk: FaultyDisk) -> None:
+    """When it returns the bytes are readable; they were written once."""
+    tier = start()
+    a = key("a", BLOCK)
+    written, at_the_disk, go_on = [], threading.Event(), threading.Event()
+
+    def before_write() -> None:
+        written.append(1)
+        at_the_disk.set()
+        assert go_on.wait(10)
+
+    disk.before_write = before_write
+    one = threading.Thread(target=put, args=(tier, a))
+    one.start()
+    assert at_the_disk.wait(10)
+    file = tier.open(a)
+    assert file.gaps(whole(a)) == [whole(a)]
+    two = threading.Thread(target=file.fill, args=(0, content(a)))
+    two.start()
+    go_on.set()
+    one.join()
+    two.join()
+    assert bytes(file.read(whole(a))) == content(a) and len(written) == 1
+    file.close()
+
+
+def test_an_entry_that_is_evicted_while_it_is_filled_is_not_recorded(
+    start: Open, disk: FaultyDisk, place: Path
+) -> None:
+    """The filler is told; neither row nor file nor count stays behind."""
+    tier = start()
+    a = key("a", 2 * BLOCK)
+    file = tier.open(a)
+    file.fill(0, content(a)[:BLOCK])
+    disk.before_write = lambda: tier.evict(a) and None
+    with pytest.raises(TierFull, match="evicted"):
+        file.fill(BLOCK, content(a)[BLOCK:])
+    with pytest.raises(TierFull, match="evicted"):
+        file.fill(BLOCK, content(a)[BLOCK:])
+    assert bytes(file.read(ByteRange(0, BLOCK))) == content(a)[:BLOCK]
+    file.close()
+    assert used(tier) == 0 and files(place) == [] and list(tier.entries()) == []
+
+
+def test_the_keeper_works_by_itself(place: Path, clock: VirtualClock, disk: FaultyDisk) -> None:
+    """The thread of a tier does upkeep without being asked, and ends with the tier."""
+    rules = Rules("ssd:x", 64 * MiB, BLOCK, reserve=0.0, dataset="mine")
+    tier = DirectoryTier(str(place), rules, owner=OWNER, clock=clock, disk=disk)
+    looked = threading.Event()
+
+    put(tier, key("a"))
+    clock.advance(10)
+    disk.before_sync = looked.set
+    assert looked.wait(10)
+    assert "ssd:x" in repr(tier) and "1 entries" in repr(tier)
+    tier.close()
+    assert "closed" in repr(tier)
+    assert tier.open(key("a")).gaps(ByteRange(0, 1)) == [ByteRange(0, 1)]
+
+
+def test_things_tell_what_they_are(start: Open) -> None:
+    """repr of files, entries and the catalogue."""
+    tier = start()
+    file = tier.open(key("a"))
+    assert "'a'" in repr(file) and file.held is not None
+    assert "users=1" in repr(file.held[1]) and "Handle" not in repr(file)
+    assert tier.store is not None and "epoch" in repr(tier.store.catalogue)
+    file.close()
+    assert "closed" in repr(file)
