@@ -184,6 +184,8 @@ class Store:
         self._count, self._used = entries, used
         self._first_id = self._next_id = db.new_ids()
         self._space, self._measured, self._taken, self._taken_inodes = disk.space(self._at.fd), -1e18, 0, 0
+        # Promised to fills under way: their file system may not know of it yet.
+        self._writing = self._making = 0
         self._full = ""
         self._barren_until = -1e18
         self._opened: dict[int, float] = {}
@@ -502,16 +504,18 @@ class Store:
         pieces = self._claim(entry, span)
         if not pieces:
             return
-        kept, reserved, full = 0, 0, None
+        kept, reserved, promised, made, full = 0, 0, 0, 0, None
         try:
             for piece in pieces:
-                inode = entry.handle is None and not kept
+                inode = int(entry.handle is None and not kept)
                 try:
-                    self._reserve(pages(*piece), inodes=int(inode))
+                    self._reserve(pages(*piece), inodes=inode)
                 except TierFull as error:
                     full = error
                     break
                 reserved += pages(*piece)
+                promised += pages(*piece)
+                made += inode
                 kept += 1
             if kept:
                 self._write(entry, pieces[:kept], view, start)
@@ -519,6 +523,8 @@ class Store:
         finally:
             with self._lock:
                 self._used -= reserved
+                self._writing -= promised
+                self._making -= made
                 for piece in pieces:
                     entry.filling.remove(piece)
                 self._changed.notify_all()
@@ -625,6 +631,8 @@ class Store:
                     self._used += wanted
                     self._taken += wanted
                     self._taken_inodes += inodes
+                    self._writing += wanted
+                    self._making += inodes
                     self._full = ""
                     return
                 barren = self._clock.monotonic() < self._barren_until
@@ -638,7 +646,7 @@ class Store:
         for fresh in (False, True):
             if fresh or self._clock.monotonic() - self._measured >= 1.0:
                 self._space, self._measured = self._disk.space(self._at.fd), self._clock.monotonic()
-                self._taken = self._taken_inodes = 0
+                self._taken, self._taken_inodes = self._writing, self._making
             space = self._space._replace(
                 free=self._space.free - self._taken, inodes_free=self._space.inodes_free - self._taken_inodes
             )

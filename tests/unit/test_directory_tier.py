@@ -449,6 +449,31 @@ def test_our_own_fills_count_between_two_looks_at_the_file_system(start: Open, d
     assert tier.stats()[0].state == "full"
 
 
+def test_fills_under_way_count_when_the_file_system_is_asked_anew(
+    start: Open, disk: FaultyDisk, clock: VirtualClock
+) -> None:
+    """What was promised to a fill is not on the disk yet when another asks: it is not promised twice."""
+    disk.left = Space(GiB, 40 * KiB, 100, 2)
+    tier = start(reserve=0.0)
+    refused: list[TierFull] = []
+
+    def meanwhile() -> None:
+        disk.before_write = None
+        clock.advance(2)
+        for size in (32 * KiB, 4 * KiB):  # no bytes for the first; bytes and an inode for the second
+            try:
+                put(tier, key(f"other{size}", size))
+            except TierFull as error:
+                refused.append(error)
+
+    disk.before_write = meanwhile
+    put(tier, key("a", 32 * KiB))
+    assert len(refused) == 1 and tier.present(key("other4096", 4 * KiB))
+    disk.left = Space(GiB, 40 * KiB, 100, 2)
+    clock.advance(2)
+    put(tier, key("b", 32 * KiB))  # what has ended is in the file system's own figures
+
+
 def test_lru_evicts_what_was_opened_longest_ago(start: Open, clock: VirtualClock) -> None:
     """Policy lru: needed room is made; open and pinned entries stay; the keeper goes on to the low
     watermark."""
