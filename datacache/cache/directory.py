@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from datacache.cache.disk import Disk
+from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, read_owner
 from datacache.cache.store import Entry, Rules, Store
 from datacache.cache.tier import EntryStats, TierStats
@@ -84,6 +84,17 @@ class DirectoryTier:
         file = DirectoryFile(self, key)
         self.attach(file)
         return file
+
+    def lend(self, key: CacheKey) -> "LentFile | None":
+        store = self._store
+        if store is not None:
+            try:
+                lent = store.lend(key)
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
+            else:
+                return LentFile(self, store, *lent) if lent is not None else None
+        return None
 
     def present(self, key: CacheKey) -> int:
         return sum(span.length for span in self.ranges(key))
@@ -367,6 +378,34 @@ class DirectoryFile:
                 store.release(entry)
             except (OSError, sqlite3.Error) as error:
                 self._tier.trouble(store, error)
+
+
+class LentFile:
+    """A cached file that the kernel may read by itself. Lives on when its tier is set aside."""
+
+    __slots__ = ("_entry", "_handle", "_lock", "_store", "_tier", "descriptor", "identity")
+
+    def __init__(self, tier: DirectoryTier, store: Store, entry: Entry, handle: Handle) -> None:
+        self._tier, self._store, self._entry = tier, store, entry
+        self._lock = threading.Lock()  # guards _handle, which is None once this is closed
+        self._handle: Handle | None = handle
+        self.descriptor = handle.fd
+        found = os.fstat(handle.fd)
+        self.identity = (found.st_dev, found.st_ino)
+
+    def __repr__(self) -> str:
+        closed = " closed" * (self._handle is None)
+        return f"<LentFile {self._tier.name} {self._entry.key.key!r} {self.descriptor}{closed}>"
+
+    def close(self) -> None:
+        with self._lock:
+            if self._handle is None:
+                return
+            self._handle = None  # before the release, which may ask who else has the file open
+        try:
+            self._store.release(self._entry)
+        except (OSError, sqlite3.Error) as error:
+            self._tier.trouble(self._store, error)
 
 
 def _cause(error: Exception | None) -> str:

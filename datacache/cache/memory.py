@@ -5,12 +5,14 @@ Same promises as `directory`, minus surviving the process. `broken` and `spoil` 
 failing medium.
 """
 
+import os
 import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 
-from datacache.cache.tier import CachedFile, EntryStats, TierStats
+from datacache.cache.disk import Handle
+from datacache.cache.tier import CachedFile, EntryStats, Lent, TierStats
 from datacache.errors import Damaged, TierBroken, TierFull
 from datacache.model import Buffer, ByteRange, CacheKey, Coverage
 
@@ -29,6 +31,8 @@ class _Copy:
         self.pinned = False
         self.superseded = False
         self.gone = False
+        self.loans = 0
+        self.file: Handle | None = None  # the bytes as a file, while they are lent
 
     @property
     def length(self) -> int:
@@ -48,7 +52,16 @@ class _Copy:
             found.append(self.pieces[i][max(0, span.start - self.starts[i]) : span.stop - self.starts[i]])
         return found[0] if len(found) == 1 else b"".join(found)
 
+    def lend(self) -> Handle:
+        """The bytes, which are whole, as a file that is open for reading only."""
+        if self.file is None:
+            self.file = Handle(os.memfd_create("datacache-copy"))
+            for start, data in zip(self.starts, self.pieces, strict=True):
+                os.pwrite(self.file.fd, data, start)
+        return Handle(os.open(f"/proc/self/fd/{self.file.fd}", os.O_RDONLY | os.O_CLOEXEC))
+
     def remove(self, span: ByteRange) -> None:
+        self.file = None  # who has it keeps it as it was
         pieces = list(zip(self.starts, self.pieces, strict=True))
         self.starts, self.pieces = [], []
         self.covered = Coverage()
@@ -90,6 +103,17 @@ class MemoryTier:
             copy.opens += 1
             copy.last_open = self._wall()
         return _MemoryFile(self, copy)
+
+    def lend(self, key: CacheKey) -> Lent | None:
+        with self._lock:
+            copy = self._copies.get(key)
+            if copy is None or self.broken or copy.spoiled.length or not 0 < key.size == copy.length:
+                return None
+            handle = copy.lend()
+            copy.loans += 1
+            copy.opens += 1
+            copy.last_open = self._wall()
+        return _MemoryLent(self, copy, handle)
 
     def present(self, key: CacheKey) -> int:
         return sum(span.length for span in self.ranges(key))
@@ -227,8 +251,11 @@ class MemoryTier:
                 self._drop(copy)
         return self.quota - self._used
 
-    def _release(self, copy: _Copy) -> None:
+    def _release(self, copy: _Copy, *, loan: bool = False) -> None:
         with self._lock:
+            copy.loans -= loan
+            if not copy.loans:
+                copy.file = None
             copy.opens -= 1
             if copy.opens:
                 return
@@ -266,3 +293,25 @@ class _MemoryFile:
         if self._open:
             self._open = False
             self._tier._release(self._copy)
+
+
+class _MemoryLent:
+    """One loan of a copy."""
+
+    def __init__(self, tier: MemoryTier, copy: _Copy, handle: Handle) -> None:
+        self._tier, self._copy = tier, copy
+        self._handle: Handle | None = handle
+        self._lock = threading.Lock()  # guards _handle, which is None once this is closed
+        self.descriptor = handle.fd
+        found = os.fstat(handle.fd)
+        self.identity = (found.st_dev, found.st_ino)
+
+    def __repr__(self) -> str:
+        return f"<_MemoryLent {self._copy.key.key!r} {self.descriptor}>"
+
+    def close(self) -> None:
+        with self._lock:
+            if self._handle is None:
+                return
+            self._handle = None
+        self._tier._release(self._copy, loan=True)

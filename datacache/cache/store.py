@@ -309,6 +309,36 @@ class Store:
             self.flush()
         return entry
 
+    def lend(self, key: CacheKey) -> tuple[Entry, Handle] | None:
+        """The entry of `key`, for one more user, and its file, open for reading only; None unless the
+        file is the object, byte for byte and beyond doubt."""
+        entry = self.open(key, touch=False)
+        handle = None
+        try:
+            # Under the stripe nobody takes bytes out of the file or the file out of the tier.
+            with self._stripe(entry.digest):
+                if entry.whole and entry.handle is not None and not entry.doubt and not entry.gone:
+                    handle = self._borrow(entry, entry.handle)
+                if handle is not None:
+                    with self._lock:
+                        self._opened[entry.id] = self._clock.wall()
+        finally:
+            if handle is None:
+                self.release(entry)
+        return (entry, handle) if handle is not None else None
+
+    def _borrow(self, entry: Entry, ours: Handle) -> Handle | None:
+        try:
+            handle = self._disk.open(db.file_name(entry.digest, entry.id), os.O_RDONLY, at=self._at.fd)
+        except FileNotFoundError:
+            self.check_place()
+            return None
+        # Somebody may have been at the file behind our back. The kernel would read past the object's
+        # end, or kill who maps what is missing, where `read` notices.
+        found = os.fstat(handle.fd)
+        same = os.path.samestat(found, os.fstat(ours.fd)) and found.st_size == entry.key.size
+        return handle if same else None
+
     def _load(self, entry: Entry, row: Row) -> None:
         try:
             handle = self._disk.open(row.name, os.O_RDWR, at=self._at.fd)

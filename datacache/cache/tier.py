@@ -79,12 +79,38 @@ class CachedFile(Protocol):
         """Let go. Idempotent."""
 
 
+class Lent(Protocol):
+    """A whole cached file, lent to the kernel, which reads it by itself from then on. Thread-safe.
+
+    Its bytes never change, whatever becomes of the entry. Until `close` the entry is in use. After it
+    the entry may still be: what the kernel was given (a passthrough open, a mapping) outlives both
+    the descriptor and this process, so a tier asks the kernel who reads a file before it counts its
+    space as free.
+    """
+
+    @property
+    def descriptor(self) -> int:
+        """The cached file, open for reading only; valid until `close`."""
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode number of the cached file: equal in all that were lent of the same file."""
+
+    def close(self) -> None:
+        """Let go. Idempotent; never raises."""
+
+
 class Tier(Protocol):
     """A place of copies. Thread-safe."""
 
     def open(self, key: CacheKey) -> CachedFile:
         """Open the entry of `key`, which need not exist yet. Counts as its last open. Never raises:
         a broken tier opens entries with nothing in them."""
+
+    def lend(self, key: CacheKey) -> Lent | None:
+        """The cached file of `key`, if every byte of it is present in one tier and none is in doubt; else
+        None, also for an empty object, of which there is no file. Counts as a last open where it is
+        lent. Verifies nothing; never raises."""
 
     def present(self, key: CacheKey) -> int:
         """Bytes present of `key`, without opening it."""

@@ -18,7 +18,7 @@ from typing import Protocol
 from datacache.cache import limits
 from datacache.cache.directory import DirectoryTier, Owner, Rules
 from datacache.cache.policy import pages
-from datacache.cache.tier import CachedFile, EntryStats, Tier, TierStats
+from datacache.cache.tier import CachedFile, EntryStats, Lent, Tier, TierStats
 from datacache.cache.verify import Progress, VerifyReport, verify_tier
 from datacache.clock import Clock
 from datacache.config.settings import CacheSettings, Placement, Policy, TierSettings
@@ -69,6 +69,13 @@ class TieredCache:
 
     def open(self, key: CacheKey) -> CachedFile:
         return _TieredFile(self, key, [tier.open(key) for tier in self.tiers])
+
+    def lend(self, key: CacheKey) -> Lent | None:
+        for tier in self.tiers:
+            lent = tier.lend(key)
+            if lent is not None:
+                return lent
+        return None
 
     def present(self, key: CacheKey) -> int:
         return Coverage(span for tier in self.tiers for span in tier.ranges(key)).length

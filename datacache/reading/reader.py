@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from datacache.cache.tier import CachedFile, Tier
+from datacache.cache.tier import CachedFile, Lent, Tier
 from datacache.clock import Clock
 from datacache.config.settings import ReadingSettings
 from datacache.errors import (
@@ -309,6 +309,15 @@ class Reader:
         self._tally.opened(whole=whole)
         self._follow(entry)
         return OpenObject(self, held, entry, window)
+
+    def lend(self, entry: Entry) -> Lent | None:
+        """The cached file of `entry`'s version, for the kernel to read by itself; None unless one tier has
+        all of it beyond doubt: then `open` it. An open like any other. Makes no request."""
+        lent = self._cache.lend(self.cache_key(entry))
+        if lent is not None:
+            self._tally.opened(whole=True)
+            self._follow(entry)
+        return lent
 
     def announce(self, entries: Iterable[Entry], *, lookup: Callable[[int], Entry] | None = None) -> int:
         """Files will be opened in the order of `entries`: fetch ahead of the opens. Replaces an earlier

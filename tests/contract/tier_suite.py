@@ -2,6 +2,8 @@
 What every tier promises (`datacache.cache.tier`). Subclasses say how one is made.
 """
 
+import fcntl
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +173,63 @@ class TierContract:
         assert used(tier) == before and tier.present(a) == a.size
         assert tier.evict(a) == a.size and tier.evict(a) == 0
         assert used(tier) == 0
+
+    def test_a_whole_entry_is_lent(self, tier: Tier) -> None:
+        """The kernel gets the object as a file, open for reading only and not inherited; all loans of a
+        file have one identity. A loan is an open, and outlives its entry."""
+        a = key("a")
+        put(tier, a)
+        one, two = tier.lend(a), tier.lend(a)
+        assert one is not None and two is not None
+        for lent in (one, two):
+            assert os.pread(lent.descriptor, a.size + 1, 0) == content(a)
+            found = os.fstat(lent.descriptor)
+            assert lent.identity == (found.st_dev, found.st_ino) == one.identity
+            assert fcntl.fcntl(lent.descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            assert not os.get_inheritable(lent.descriptor)
+        assert tier.evict(a) == a.size and used(tier) > 0
+        one.close()
+        one.close()
+        assert used(tier) > 0 and tier.lend(a) is None
+        assert os.pread(two.descriptor, a.size, 0) == content(a)
+        put(tier, a)
+        other = tier.lend(a)
+        assert other is not None and other.identity != two.identity
+        two.close()
+        other.close()
+        tier.evict(a)
+        assert used(tier) == 0
+
+    def test_only_a_whole_entry_is_lent(self, tier: Tier) -> None:
+        """What is not there, not whole, or empty is not lent, and the asking leaves no trace."""
+        a, nothing = key("a"), key("nothing", 0)
+        assert tier.lend(a) is None and tier.lend(nothing) is None
+        assert list(tier.entries()) == []
+        file = tier.open(a)
+        file.fill(0, content(a)[:-1])
+        assert tier.lend(a) is None
+        file.fill(a.size - 1, content(a)[-1:])
+        lent = tier.lend(a)
+        assert lent is not None
+        file.close()
+        lent.close()
+
+    def test_what_is_lent_does_not_make_room(self, make: Make) -> None:
+        """Eviction by policy passes over what the kernel may be reading."""
+        tier = make(8 * 16 * KiB)
+        keys = [key(f"k{i}", 16 * KiB) for i in range(8)]
+        for each in keys:
+            put(tier, each)
+        loans = [tier.lend(each) for each in keys]
+        for each, lent in zip(keys, loans, strict=True):
+            assert lent is not None
+            tier.supersede(each)
+        with pytest.raises(TierFull):
+            put(tier, key("new", 16 * KiB))
+        for lent in loans:
+            assert lent is not None
+            lent.close()
+        put(tier, key("new", 16 * KiB))
 
     def test_a_full_tier_keeps_a_part_at_the_front_or_nothing(self, make: Make) -> None:
         """TierFull; the quota is never exceeded; what was kept is a prefix and right."""

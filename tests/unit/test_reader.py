@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -122,6 +123,37 @@ def test_an_empty_object_costs_no_request() -> None:
         assert made.fetch(entry) == 0
         assert made.stats().opens_whole == 1
     assert source.requests["read"] == 0
+
+
+def test_what_is_whole_is_lent_and_counts_as_an_open() -> None:
+    """The cached file goes to the kernel without a request, as an open that was whole; what is not whole
+    is not lent, and not counted."""
+    source, entry = source_of()
+    with reader(source) as made:
+        assert made.lend(entry) is None
+        made.fetch(entry)
+        asked = source.requests["read"]
+        lent = made.lend(entry)
+        assert lent is not None
+        assert os.pread(lent.descriptor, len(DATA), 0) == DATA
+        lent.close()
+        assert source.requests["read"] == asked
+        assert (made.stats().opens, made.stats().opens_whole) == (1, 1)
+
+
+def test_a_loan_moves_an_announced_order_on() -> None:
+    """Files that the kernel reads by itself are part of the order as others are."""
+    source, index, _ = small_files(30)
+    entries = [entry for _, entry in index.walk()]
+    with reader(source) as made:
+        made.announce(entries)
+        until(lambda: {key for key, _ in source.reads} == {entry.key for entry in entries[:8]})
+        for entry in entries[:5]:
+            made.fetch(entry)
+            lent = made.lend(entry)
+            assert lent is not None
+            lent.close()
+        until(lambda: {entry.key for entry in entries[:12]} <= {key for key, _ in source.reads})
 
 
 def test_a_long_read_is_done_in_stretches() -> None:
