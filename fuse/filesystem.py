@@ -77,7 +77,9 @@ _ERRNO: tuple[tuple[type[Exception], int], ...] = (
     (NotFound, errno.ENOENT),
     (CredentialsExpired, errno.EIO),  # they are renewed; that it did not work yet is not a "no"
     (Denied, errno.EACCES),
-    (Archived, errno.EACCES),  # as reads of what one may not read: trying again does not help
+    # EACCES is left to mean the credentials alone, so that nobody looks for a wrong key; the log has
+    # the sentence that says what to restore.
+    (Archived, errno.EIO),
     (VersionChanged, errno.ESTALE),
 )
 _EXPECTED = (Refused, Stale, NoSuchPath, NotADirectory, IsADirectory, NotFound)

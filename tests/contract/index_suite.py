@@ -142,7 +142,8 @@ class IndexSuite:
         assert list(index.walk()) == []
 
     def test_odd_keys_are_all_shown_and_nothing_escapes(self, opener: Opener) -> None:
-        """Every odd key is one file, under a name that a file system takes, that leads back to its key."""
+        """Nothing escapes the mount: every odd key is one file, under a name that a file system takes, that
+        leads back to its key."""
         odd = {
             "a", "a.b", "a/b", "a/c/d", "x//y", "//", "../z", "./q", "..", ".", "n\0m", "b\udcff", "p%file",
             "m" * 300 + ".jpg", "m" * 300 + ".jpg/inside", "full/", "e\u0301", "\xe9", "e/%empty", "e//",

@@ -173,7 +173,8 @@ def test_a_stalled_answer_is_given_up(key: str, answer: Answer) -> None:
 
 @pytest.mark.parametrize("key", [PLAIN, ODD])
 def test_expired_credentials_are_renewed_and_the_read_goes_on(key: str, tmp_path: Path) -> None:
-    """The store says that the token has run out: new keys are fetched and the read is tried once more."""
+    """Expired credentials are renewed, not reported as denied: the store says that the token has run out,
+    new keys are fetched and the read is tried once more."""
     keys = tmp_path / "keys"
 
     def rotate(name: str) -> None:

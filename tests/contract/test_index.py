@@ -174,7 +174,7 @@ def test_a_lookup_in_a_fresh_directory_costs_no_request(opened: Opened) -> None:
 
 
 def test_a_change_is_seen_when_the_ttl_has_passed_and_not_before(opened: Opened) -> None:
-    """An open sees a version that was current at most TTL ago."""
+    """While the store answers, an open sees a version that was current at most TTL ago."""
     source = MemorySource(objects={"a": b"1", "b": b"1"})
     index = opened.live([source], ttl=60.0)
     before = index.resolve("/a")
@@ -202,7 +202,7 @@ def test_a_change_is_seen_when_the_ttl_has_passed_and_not_before(opened: Opened)
 
 
 def test_immutable_believes_the_first_listing_for_ever(opened: Opened) -> None:
-    """`immutable`: the version that was listed first, for ever."""
+    """What was listed first, or pinned by the snapshot, is what is read, for ever: a live index."""
     source = MemorySource(objects={"a": b"1"})
     index = opened.live([source], consistency=Consistency.IMMUTABLE, ttl=1.0)
     before = index.resolve("/a")
@@ -409,7 +409,8 @@ def test_a_lone_question_without_an_answer_lists_the_directory(
 
 
 def test_store_away_the_last_known_listing_is_served_and_counted(opened: Opened) -> None:
-    """Store away: the last known version is served and counted as `stale`; what was never listed fails."""
+    """When the store is away, the last known version is served and counted as `stale`; what was never
+    listed fails."""
     source = FaultySource(MemorySource(objects={"a": b"1", "d/x": b"1"}))
     index = opened.live([source])
     a, d = index.resolve("/a"), index.resolve("/d")
@@ -779,7 +780,8 @@ def test_a_directory_of_200_000(opened: Opened) -> None:
 
 
 def test_a_snapshot_does_not_change_and_asks_nothing(opened: Opened) -> None:
-    """A mount of a snapshot sees the versions of its time, without a request, restarts included."""
+    """What was listed first, or pinned by the snapshot, is what is read, for ever: a snapshot, without
+    a request, restarts included."""
     source = MemorySource(objects={"a": b"1", "d/b": b"1"}, versioned=True)
     opened.create([source], "s")
     before = source.stat("a").version.etag

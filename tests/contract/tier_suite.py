@@ -247,7 +247,8 @@ class TierContract:
         file.close()
 
     def test_by_default_full_means_full(self, make: Make) -> None:
-        """A scan must not thrash: what is there stays, what comes later is not admitted."""
+        """A tier that is full stops admitting (`--policy keep`) and goes on serving what it has: a scan must
+        not thrash."""
         tier = make(8 * 16 * KiB)
         keys = [key(f"k{i}", 16 * KiB) for i in range(20)]
         for each in keys:
@@ -256,6 +257,10 @@ class TierContract:
                 file.fill(0, content(each))
             file.close()
         assert [each.key for each in keys if tier.present(each)] == [f"k{i}" for i in range(8)]
+        for each in keys[:8]:
+            file = tier.open(each)
+            assert bytes(file.read(whole(each))) == content(each)
+            file.close()
 
     def test_superseded_entries_make_room(self, make: Make) -> None:
         """The store has another version: the old one goes when room is needed, unless it is pinned."""
@@ -338,6 +343,26 @@ class TierContract:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))
         assert 0.8 * MiB < max(seen) <= 1 * MiB
+
+    def test_files_that_are_unlinked_while_in_use_count(self, make: Make) -> None:
+        """A tier never exceeds its quota, files that are unlinked while in use included: their space is
+        free when nobody can read them any more, and not before."""
+        tier = make(8 * 16 * KiB)
+        keys = [key(f"k{i}", 16 * KiB) for i in range(8)]
+        for each in keys:
+            put(tier, each)
+        in_use = [tier.open(each) for each in keys]
+        for each in keys:
+            tier.evict(each)
+        new = key("new", 16 * KiB)
+        with pytest.raises(TierFull):
+            put(tier, new)
+        assert used(tier) == 8 * 16 * KiB
+        for each, file in zip(keys, in_use, strict=True):
+            assert bytes(file.read(whole(each))) == content(each)
+            file.close()
+        put(tier, new)
+        assert used(tier) == tier.present(new) == 16 * KiB
 
     def test_evicting_while_others_fill_and_read_is_safe(self, tier: Tier) -> None:
         """Readers see right bytes or a CacheError, never wrong bytes; nothing is left counted."""

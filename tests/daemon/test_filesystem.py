@@ -31,6 +31,7 @@ from datacache.index.index import ROOT, Index
 from datacache.index.opening import open_index
 from datacache.model import ByteRange, CacheKey, Dataset, Entry, MountPoint
 from datacache.reading.reader import Reader
+from datacache.sources.faulty import Fail, FaultySource
 from datacache.sources.memory import MemorySource
 from fuse.filesystem import FOREVER, LOG_EVERY, PAGE, Attributes, FileSystem, Listed, OpenFile, Refused
 from fuse.nodes import LATER, Stale
@@ -46,6 +47,8 @@ class Mounted:
 
     files: FileSystem
     source: MemorySource
+    door: FaultySource
+    """What index and reader ask; it passes everything on to `source` but for scripted faults."""
     reader: Reader
     index: Index
     clock: VirtualClock
@@ -88,19 +91,20 @@ def make(tmp_path: Path, clock: VirtualClock) -> Iterator[Maker]:
         objects: dict[str, bytes] = OBJECTS,
     ) -> Mounted:
         source = MemorySource("memory://bucket", objects)
+        door = FaultySource(source)
         catalogue = open_index(
             Dataset("test", (MountPoint("memory://bucket"),)),
-            [source],
+            [door],
             index or IndexSettings(ttl=TTL),
             state=str(tmp_path / f"state-{len(made)}"),
             clock=clock,
         )
         tier = MemoryTier(name="mem:/x")
-        reader = Reader([source], tier, ReadingSettings(), clock=clock)
+        reader = Reader([door], tier, ReadingSettings(), clock=clock)
         settings = mount or MountSettings(uid=12, gid=34)
         files = FileSystem(catalogue, reader, settings, tiers={"mem:/x": tier}, clock=clock)
         made.extend([catalogue.close, reader.close, files.close])
-        return Mounted(files, source, reader, catalogue, clock)
+        return Mounted(files, source, door, reader, catalogue, clock)
 
     yield make
     for close in reversed(made):
@@ -362,7 +366,7 @@ def test_close_lets_go_of_what_the_kernel_left_open(make: Maker) -> None:
 
 
 def test_an_open_file_keeps_its_version(make: Maker) -> None:
-    """A read returns the bytes of exactly one version; both versions can be open at once."""
+    """An open file keeps its version, whatever happens in the bucket."""
     it = make()
     old = it.node("a.txt")
     before = it.files.open(old, os.O_RDONLY)
@@ -377,12 +381,18 @@ def test_an_open_file_keeps_its_version(make: Maker) -> None:
     assert bytes(it.files.read(before, 0, 100)) == b"first"
     assert it.files.getattr(old).size == 5, "fstat of the open file tells of the version that it has open"
     assert it.files.getattr(new).size == 14
+    it.source.delete("a.txt")
+    it.clock.advance(TTL + 1)
+    assert it.files.lookup(ROOT, b"a.txt").node == 0
+    assert bytes(it.files.read(before, 0, 100)) == b"first"
+    assert bytes(it.files.read(after, 0, 100)) == b"second version"
     it.files.release(before)
     it.files.release(after)
 
 
 def test_an_open_sees_a_version_that_was_current_at_most_ttl_ago(make: Maker) -> None:
-    """A node that the kernel still believes in is held against the store when its TTL has passed."""
+    """While the store answers, an open sees a version that was current at most TTL ago: a node that the
+    kernel still believes in is held against the store when its TTL has passed."""
     it = make(mount=MountSettings(entry_timeout=1e6))
     node = it.node("a.txt")
     assert it.content(node) == b"first"
@@ -409,7 +419,7 @@ def test_an_open_of_a_node_that_the_index_knows_to_be_old_is_stale(make: Maker) 
 
 
 def test_an_object_that_is_gone_is_not_opened(make: Maker) -> None:
-    """Missing object: ENOENT, in lookup and in open."""
+    """No such object: ENOENT, in lookup and in open."""
     it = make()
     node = it.node("a.txt")
     it.source.delete("a.txt")
@@ -424,7 +434,7 @@ def test_an_object_that_is_gone_is_not_opened(make: Maker) -> None:
 def test_a_version_that_is_neither_cached_nor_in_the_bucket_is_estale(
     make: Maker, logs: AnnouncedLogs, deleted: bool
 ) -> None:
-    """Bytes that are not cached and that the bucket no longer has in that version: ESTALE, counted."""
+    """The bucket no longer has the version, and it is not cached: ESTALE, counted."""
     logs.expect("read failed")
     it = make()
     handle = it.files.open(it.node("a.txt"), os.O_RDONLY)
@@ -440,15 +450,15 @@ def test_a_version_that_is_neither_cached_nor_in_the_bucket_is_estale(
 
 
 def test_an_archived_object_fails_with_a_sentence_that_says_so(make: Maker, logs: AnnouncedLogs) -> None:
-    """EACCES for the program, the reason in the log."""
-    logs.expect("archive")
+    """The object lies in an archive class (Glacier): EIO for the program, the reason in the log."""
+    logs.expect("lies in an archive class; restore it first")
     it = make()
     it.source.put("cold", b"ice", archived=True)
     it.clock.advance(TTL + 1)
     handle = it.files.open(it.node("cold"), os.O_RDONLY)
     with pytest.raises(Archived) as archived:
         it.files.read(handle, 0, 3)
-    assert it.files.failed("read", archived.value) == errno.EACCES
+    assert it.files.failed("read", archived.value) == errno.EIO
     it.files.release(handle)
 
 
@@ -515,7 +525,7 @@ def test_answers_are_neither_logged_nor_counted(make: Maker, error: Exception, n
     [
         (Denied("x"), errno.EACCES),
         (CredentialsExpired("x"), errno.EIO),
-        (Archived("x"), errno.EACCES),
+        (Archived("x"), errno.EIO),
         (VersionChanged("x"), errno.ESTALE),
         (Unavailable("x"), errno.EIO),
         (WrongBytes("x"), errno.EIO),
@@ -550,8 +560,56 @@ def test_an_outage_is_logged_now_and_then_and_counted_always(make: Maker, logs: 
     assert it.files.stats()["errors"] == {"Unavailable": 11, "KeyError": 1}
 
 
-def test_the_store_away_is_an_error_and_then_works_again(make: Maker) -> None:
-    """Store unreachable and bytes cached nowhere: an error; nothing of it stays."""
+def test_credentials_that_the_store_refuses_are_eacces(make: Maker, logs: AnnouncedLogs) -> None:
+    """The store refuses the credentials: EACCES, of a read, a listing, and an open past the TTL."""
+    logs.expect("failed")
+    it = make()
+    node = it.node("a.txt")
+    handle = it.files.open(node, os.O_RDONLY)
+    directory = it.files.opendir(it.node("dir"))
+    it.clock.advance(TTL + 1)
+    refused = Fail(Denied("AccessDenied"))
+    attempts: list[tuple[str, Callable[[], object]]] = [
+        ("read", lambda: it.files.read(handle, 0, 5)),
+        ("list", lambda: it.files.readdir(directory, 0)),
+        ("list", lambda: it.files.open(node, os.O_RDONLY)),
+    ]
+    for operation, attempt in attempts:
+        it.door.add(operation, refused)
+        with pytest.raises(Denied) as denied:
+            attempt()
+        assert it.files.failed(operation, denied.value) == errno.EACCES
+    it.files.release(handle)
+    it.files.releasedir(directory)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_known_is_served_while_the_store_is_away(
+    make: Maker, logs: AnnouncedLogs, strict: bool
+) -> None:
+    """When the store is away, the last known version is served and counted as `stale`.
+    With `--strict` a listing past its TTL is an error (EIO) while the store is away."""
+    it = make(index=IndexSettings(ttl=TTL, strict=strict))
+    node = it.node("a.txt")
+    assert it.content(node) == b"first"
+    it.clock.advance(TTL + 1)
+    it.door.add("list", *[Fail(Unavailable("down"))] * 2)
+    it.door.add("stat", *[Fail(Unavailable("down"))] * 2)
+    it.door.add("read", Fail(Unavailable("down")))
+    if strict:
+        logs.expect("open failed: down")
+        with pytest.raises(Unavailable) as away:
+            it.files.open(node, os.O_RDONLY)
+        assert it.files.failed("open", away.value) == errno.EIO
+        assert it.index.stats().stale == 0
+    else:
+        assert it.content(node) == b"first"
+        assert it.index.stats().stale >= 1
+
+
+def test_the_store_away_is_an_error_and_then_works_again(make: Maker, logs: AnnouncedLogs) -> None:
+    """The store cannot be reached and the bytes are cached nowhere: EIO; nothing of it stays."""
+    logs.expect("no route to host")
     it = make()
     handle = it.files.open(it.node("a.txt"), os.O_RDONLY)
 
@@ -559,8 +617,9 @@ def test_the_store_away_is_an_error_and_then_works_again(make: Maker) -> None:
         raise Unavailable("no route to host")
 
     it.source.on_read = away
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable) as unreachable:
         it.files.read(handle, 0, 5)
+    assert it.files.failed("read", unreachable.value) == errno.EIO
     it.source.on_read = None
     assert bytes(it.files.read(handle, 0, 5)) == b"first"
     it.files.release(handle)

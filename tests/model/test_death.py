@@ -122,7 +122,8 @@ def kill_once(directory: Path, seed: int) -> None:
 
 
 def test_kill_9_under_load(tmp_path: Path) -> None:
-    """Three deaths of one cache directory: what was acknowledged is there, and nothing is left over."""
+    """After `kill -9` what was cached is cached, and nothing is read again to prove it: three deaths of
+    one cache directory, after which what was acknowledged is there, and nothing is left over."""
     for seed in range(3):
         kill_once(tmp_path, seed)
 

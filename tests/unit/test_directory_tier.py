@@ -148,7 +148,8 @@ def test_a_restart_finds_everything(start: Open, clock: VirtualClock) -> None:
 
 
 def test_after_a_mere_kill_nothing_is_read_again(start: Open, disk: FaultyDisk) -> None:
-    """Every fill that returned is there, and no open waits for a checksum."""
+    """After `kill -9` what was cached is cached, and nothing is read again to prove it: every fill that
+    returned is there, and no open waits for a checksum."""
     tier = start()
     keys = [key(f"k{i}", 100 * KiB) for i in range(5)]
     for each in keys:
@@ -175,8 +176,8 @@ def verify_clean(tier: DirectoryTier) -> bool:
 def test_after_another_boot_blocks_are_verified_as_they_are_served(
     start: Open, place: Path, disk: FaultyDisk
 ) -> None:
-    """What was not synced before a power cut is doubted block by block: damage is a miss, never an
-    answer; what was found good is remembered."""
+    """After a power cut, what was not known to be on the disk is checked, block by block, as it is served.
+    A block that does not match its checksum is a miss, never an answer; one that is good is remembered."""
     tier = start(boot="one")
     a = key("a", 64 * KiB)
     put(tier, a)
@@ -570,8 +571,9 @@ def test_too_many_open_files_is_not_an_illness(start: Open, disk: FaultyDisk) ->
 def test_a_broken_disk_is_set_aside_and_comes_back(
     start: Open, disk: FaultyDisk, clock: VirtualClock, logs: AnnouncedLogs
 ) -> None:
-    """One warning; open entries are empty, fills fail, nothing hangs; after ten seconds, when the disk
-    works again, everything that was there is there, also for files that stayed open."""
+    """A broken tier is set aside with one warning and comes back by itself. Until then open entries are
+    empty, fills fail, nothing hangs; after ten seconds, when the disk works again, everything that was
+    there is there, also for files that stayed open."""
     logs.expect("cache tier ssd:x is set aside: Input/output error")
     tier = start()
     a, b = key("a"), key("b")

@@ -9,20 +9,22 @@ ROOT = Path(__file__).parents[2]
 
 def plain(text: str) -> str:
     """Words only, so that line breaks and markup make no difference."""
-    return " ".join(re.sub(r"[`*▸|]", " ", text).split()).lower()
+    return " ".join(re.sub(r"[`*▸|:]", " ", text).split()).lower()
 
 
 def promises() -> list[str]:
-    """The sentences after a ▸, and the table rows that have one."""
+    """The sentences after a ▸; of a row of the table that has one, what happened and the errno."""
     page = (ROOT / "docs/semantics.md").read_text()
-    found = re.findall(r"▸\s*(.+?)(?:\.\s|\.$|\s\|)", page, re.DOTALL | re.MULTILINE)
-    return [plain(sentence) for sentence in found if "is quoted above the test" not in plain(sentence)]
+    rows = re.findall(r"^\| ▸ (.+? \| E[A-Z]+)\b", page, re.MULTILINE)
+    sentences = re.findall(r"^[^|\n]*?▸ (.+?)\.$", page, re.MULTILINE)
+    assert len(rows) + len(sentences) == page.count("▸") - 1, "a ▸ that is neither a sentence nor a row"
+    return [plain(promise) for promise in rows + sentences]
 
 
 def quotes() -> str:
-    """All docstrings of all tests."""
+    """All docstrings of all tests, those of contract suites too."""
     texts = []
-    for path in (ROOT / "tests").rglob("test_*.py"):
+    for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 texts.append(plain(ast.get_docstring(node) or ""))
@@ -35,3 +37,11 @@ def test_every_promise_is_quoted_by_a_test() -> None:
     missing = [sentence for sentence in promises() if sentence not in quoted]
     assert len(promises()) > 20
     assert not missing, "no test quotes:\n  " + "\n  ".join(missing)
+
+
+def test_the_tests_that_pages_name_exist() -> None:
+    """A page that says which test plays a scenario (docs/concurrency.md) names one that there is."""
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for page in (ROOT / "docs").rglob("*.md"):
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in sources, f"{page.name} names {name}"

@@ -502,7 +502,8 @@ def test_a_full_tier_costs_one_fetch_a_block() -> None:
 
 
 def test_a_broken_tier_is_read_around() -> None:
-    """A tier that breaks while an object is open costs requests, not reads."""
+    """An error of the cache is never an error of a read: a tier that breaks while an object is open
+    costs requests."""
     source, entry = source_of()
     tier = MemoryTier()
     with reader(source, tier, NO_READAHEAD) as made, opened(made, entry) as it:
@@ -529,7 +530,8 @@ class Liar(MemoryTier):
 
 @pytest.mark.parametrize("error", [TierBroken, Damaged])
 def test_a_tier_that_cannot_read_what_it_has_is_read_around(error: type[Exception]) -> None:
-    """Bytes that a tier has and cannot give are fetched, in a bounded number of requests."""
+    """An error of the cache is never an error of a read: bytes that a tier has and cannot give are
+    fetched, in a bounded number of requests."""
     source, entry = source_of()
     tier = Liar()
     tier.error = error
@@ -541,7 +543,8 @@ def test_a_tier_that_cannot_read_what_it_has_is_read_around(error: type[Exceptio
 
 
 def test_damaged_blocks_are_fetched_again() -> None:
-    """A block that does not match its checksum is a miss: right bytes, and then present again."""
+    """A block that does not match its checksum is a miss, never an answer: right bytes, and then present
+    again."""
     source, entry = source_of()
     tier = MemoryTier()
     with reader(source, tier) as made:
@@ -640,7 +643,8 @@ def test_wrong_lengths_are_refused() -> None:
 
 
 def test_an_open_object_keeps_its_version() -> None:
-    """When the bucket has another version: cached bytes of the old one, or an error."""
+    """A read returns the bytes of exactly one version of the object, or an error: when the bucket has
+    another version, cached bytes of the old one, or VersionChanged."""
     source, old = source_of()
     with reader(source, settings=NO_READAHEAD) as made, opened(made, old) as it:
         it.read(0, 100)

@@ -30,7 +30,7 @@ def put(path: Path, data: bytes) -> None:
 
 
 def test_random_ranges_are_the_stores_bytes(daemon: Start, bucket: Path) -> None:
-    """A read returns the bytes of exactly one version: cold, warm and after a restart."""
+    """Any range, with any reader: the store's bytes, cold, warm and after a restart."""
     rng = random.Random(1)
     contents = {f"f{size}": rng.randbytes(size) for size in (0, 1, 4095, 4096, 4097, 3 * MiB + 17, 9 * MiB)}
     for name, data in contents.items():
@@ -81,7 +81,8 @@ def test_concurrent_readers_see_the_stores_bytes(daemon: Start, bucket: Path) ->
 
 
 def test_two_versions_of_one_path_are_open_at_once(daemon: Start, bucket: Path) -> None:
-    """An open file keeps its version; an open sees the current one."""
+    """Two versions of one path can be open at once, and each reads its own bytes.
+    An open file keeps its version, whatever happens in the bucket; an open sees the current one."""
     put(bucket / "f", b"the first version" * 1000)
     path = daemon(index=EAGER).directory / "f"
     with open(path, "rb") as before:
@@ -96,6 +97,24 @@ def test_two_versions_of_one_path_are_open_at_once(daemon: Start, bucket: Path) 
             assert sizes == [17000, 6]
             assert os.fstat(before.fileno()).st_ino != os.fstat(after.fileno()).st_ino
     assert path.read_bytes() == b"second"
+
+
+def test_a_mapping_sees_the_version_that_was_opened(daemon: Start, bucket: Path) -> None:
+    """mmap works, and sees the version that was opened: not another one once the object is replaced, and
+    not when its pages must be fetched again."""
+    first, second = random.Random(4).randbytes(MiB), random.Random(5).randbytes(MiB)
+    put(bucket / "f", first)
+    mounted = daemon(index=EAGER)
+    path = mounted.directory / "f"
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as before:
+        assert before[:] == first
+        mounted.wait_until_cached("f", MiB)
+        put(bucket / "f", second)
+        with open(path, "rb") as file2, mmap.mmap(file2.fileno(), 0, prot=mmap.PROT_READ) as after:
+            assert after[:] == second
+            before.madvise(mmap.MADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert before[:] == first
 
 
 def test_a_lookup_that_the_kernel_still_believes_does_not_hide_a_new_version(
@@ -115,7 +134,8 @@ def test_a_lookup_that_the_kernel_still_believes_does_not_hide_a_new_version(
 
 
 def test_a_version_that_is_neither_cached_nor_in_the_store_is_estale(daemon: Start, bucket: Path) -> None:
-    """Not other bytes, not a short read."""
+    """A read returns the bytes of exactly one version of the object, or an error: not other bytes, not
+    a short read. The bucket no longer has the version, and it is not cached: ESTALE."""
     put(bucket / "f", b"first" * 1000)
     mounted = daemon(index=EAGER)
     with open(mounted.directory / "f", "rb") as file:
@@ -128,7 +148,7 @@ def test_a_version_that_is_neither_cached_nor_in_the_store_is_estale(daemon: Sta
 
 
 def test_names_come_and_go_with_the_store(daemon: Start, bucket: Path) -> None:
-    """Missing object: ENOENT, before it is there and when it is gone."""
+    """No such object: ENOENT, before it is there and when it is gone."""
     mounted = daemon(index=EAGER)
     path = mounted.directory / "f"
     assert not path.exists()
@@ -194,6 +214,32 @@ def test_statfs_and_attributes(daemon: Start, bucket: Path) -> None:
         assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 10_000
 
 
+def test_a_clean_object_shows_no_holes(daemon: Start, bucket: Path) -> None:
+    """A clean object shows no holes, whatever is cached of it: nothing, its middle, all of it."""
+    size = 24 * MiB
+    with open(bucket / "f", "wb") as file:
+        file.truncate(size)  # the store's own file has nothing but holes
+    mounted = daemon()
+    with open(mounted.directory / "f", "rb", buffering=0) as file:
+
+        def looks_whole() -> bool:
+            number = file.fileno()
+            return (
+                os.fstat(number).st_blocks * 512 >= size
+                and os.lseek(number, 0, os.SEEK_DATA) == 0
+                and os.lseek(number, 0, os.SEEK_HOLE) == size
+            )
+
+        assert looks_whole()
+        os.pread(file.fileno(), 1, 12 * MiB)
+        mounted.wait_until_cached("f", 1)
+        assert sum(mounted.control().stat("/f").cached.values()) < size
+        assert looks_whole()
+        assert os.pread(file.fileno(), size, 0) == bytes(size)
+        mounted.wait_until_cached("f", size)
+        assert looks_whole()
+
+
 def test_extended_attributes(daemon: Start, bucket: Path) -> None:
     """user.datacache.* where they are chosen; elsewhere there are none, and each costs no request."""
     (bucket / "f").write_bytes(b"12345")
@@ -239,7 +285,8 @@ WRITES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("remounted", [False, True])
 def test_everything_that_writes_is_erofs(daemon: Start, bucket: Path, remounted: bool) -> None:
-    """Read-only is read-only; also when root has remounted it `rw`, when it is us who are asked."""
+    """Any attempt to change something: EROFS; also when root has remounted it `rw`, when it is us who
+    are asked."""
     (bucket / "f").write_bytes(b"x")
     (bucket / "d").mkdir()
     (bucket / "d" / "f").write_bytes(b"x")
