@@ -56,4 +56,4 @@ class Control(Protocol):
         """Keep the copies of all files below `path` from eviction, or no longer; files."""
 
     def verify(self) -> dict[str, int]:
-        """Hold every block of the cache against its checksum; {blocks, damaged, repaired, orphans}."""
+        """Hold every block of the cache against its checksum; the counts of `VerifyReport`."""

@@ -1,0 +1,131 @@
+"""docs/api.md says what the control API is: its routes, arguments, answers, errors and bounds."""
+
+import http.client
+import json
+import re
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datacache.cluster import server
+from datacache.cluster.server import ControlServer
+from datacache.model import MiB
+from datacache.reading import load
+from datacache.worker import Worker
+from tests.contract.control_suite import FILES
+from tests.contract.test_control import fill, settings_of
+
+PAGE = (Path(__file__).parents[2] / "docs/api.md").read_text()
+ROUTES = re.findall(r"^\| `(GET|POST) (/\S+)` \| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE)
+"""Method, path, arguments and answer of each row."""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[Worker]:
+    fill(tmp_path / "bucket")
+    with Worker(settings_of(tmp_path)) as worker, ControlServer(worker, worker.socket):
+        yield worker
+
+
+def ask(worker: Worker, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    """Status and answer of one request, as any HTTP client would make it."""
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    try:
+        connection.sock.connect(worker.socket)
+        connection.request(method, path, None if body is None else json.dumps(body))
+        response = connection.getresponse()
+        raw = response.read()
+        is_json = response.headers.get_content_type() == "application/json"
+        return response.status, json.loads(raw) if is_json else raw.decode()
+    finally:
+        connection.close()
+
+
+def test_the_page_has_each_route(worker: Worker) -> None:
+    """Routes of the page are those of the socket; each has the arguments that the page lists."""
+    with ThreadPoolExecutor(1) as calls:
+        handlers = server._Handlers(worker, calls)
+        app, posts = handlers.control(), handlers._posts()
+        port = {(route.method, route.resource.canonical) for route in handlers.metrics().router.routes()}  # type: ignore[union-attr]
+    routes = [(route.method, route.resource.canonical) for route in app.router.routes() if route.resource]
+    assert [row[:2] for row in ROUTES] == [route for route in routes if route[0] != "HEAD"]
+    assert {route for route in port if route[0] != "HEAD"} == {("GET", "/healthz"), ("GET", "/metrics")}
+    for _, path, arguments, _ in ROUTES:
+        call = posts.get(path.removeprefix("/v1/"))
+        needed = [f"`{name}` {kind.__name__}" for name, kind in call.needed.items()] if call else []
+        optional = [f"[`{name}` {kind.__name__}]" for name, kind in call.optional.items()] if call else []
+        assert arguments == ", ".join(needed + optional), path
+
+
+def test_answers_have_the_keys_of_the_page(worker: Worker) -> None:
+    """Each call is made once, and answers what the page says; what else it says is refused is refused."""
+    status, started = ask(worker, "POST", "/v1/loads", {"path": "/sub", "files": None})
+    assert (status, set(started)) == (200, {"job"})
+    worker.loads.wait(started["job"], 30)
+    bodies: dict[str, Any] = {
+        "/v1/loads/status": started,
+        "/v1/loads/cancel": started,
+        "/v1/list": {"path": "/"},
+        "/v1/stat": {"path": "/sub/b.bin"},
+        "/v1/evict": {"path": "/", "dry_run": True},
+        "/v1/pin": {"path": "/sub", "pinned": True},
+        "/v1/verify": {},
+    }
+    answers = {path: answer for _, path, _, answer in ROUTES}
+    for path, body in bodies.items():
+        status, answer = ask(worker, "POST", path, body)
+        assert status == 200, answer
+        assert list(answer) == re.findall(r"`(\w+)`", answers[path].replace("`1", "")), path
+    assert ask(worker, "GET", "/healthz") == (200, "ok\n")
+    assert ask(worker, "GET", "/v1/status")[1]["dataset"] == worker.settings.dataset.name
+    assert "datacache_info" in ask(worker, "GET", "/metrics")[1]
+    assert ask(worker, "POST", "/v1/status")[0] == 405
+    assert ask(worker, "GET", "/v1/nothing")[0] == 404
+    page = ask(worker, "POST", "/v1/list", {"path": "/", "limit": 1})[1]
+    assert len(page["entries"]) == 1
+    assert page["after"] > 0
+    alone = ask(worker, "POST", "/v1/list", {"path": "/a.bin"})[1]
+    assert [entry["size"] for entry in alone["entries"]] == [len(FILES["a.bin"])]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "kind"),
+    [
+        ("/v1/list", {"path": "/nothing"}, 404, "NoSuchPath"),
+        ("/v1/list", {"path": "/", "limit": 0}, 400, "SettingError"),
+        ("/v1/list", {"path": "/", "limit": 10_001}, 400, "SettingError"),
+        ("/v1/list", {"path": "/", "depth": 1}, 400, "SettingError"),
+        ("/v1/list", {"path": 1}, 400, "SettingError"),
+        ("/v1/stat", {}, 400, "SettingError"),
+        ("/v1/stat", [], 400, "SettingError"),
+        ("/v1/loads/status", {"job": "none"}, 409, "ControlError"),
+    ],
+)
+def test_refusals_are_as_the_page_says(worker: Worker, path: str, body: Any, status: int, kind: str) -> None:
+    """A status, and one line with its kind and fields."""
+    found, answer = ask(worker, "POST", path, body)
+    assert (found, answer["kind"], set(answer)) == (status, kind, {"error", "kind", "fields"})
+    if kind == "SettingError":
+        assert {"name", "value", "expected"} >= set(answer["fields"]) >= {"name", "expected"}
+
+
+def test_statuses_and_bounds_are_those_of_the_page() -> None:
+    """The table of errors is the server's, in its order; so are the figures."""
+    rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \|$", PAGE, re.MULTILINE)
+    assert rows == [(kind.__name__, str(status)) for kind, status in server.STATUS]
+    bound = r"^\| ([^|`]+?|`limit` of a list) \| (\d+ (?:MiB|to \d+)|\d+)"
+    bounds = dict(re.findall(bound, PAGE, re.MULTILINE))
+    assert bounds == {
+        "connections at once": str(server.CONNECTIONS),
+        "calls at once": str(server.CALLS),
+        "a request's body": f"{server.REQUEST // MiB} MiB",
+        "`limit` of a list": "1 to 10000",
+        "load jobs at once": str(load.RUNNING),
+        "load jobs remembered": str(load.REMEMBERED),
+    }
+    assert f"dropped after {server.SCRAPE:g} s" in PAGE
