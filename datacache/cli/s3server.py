@@ -59,6 +59,7 @@ def versitygw(binary: str, *, versioning: bool = False) -> Iterator[S3Server]:
             env={"PATH": os.defpath, "ROOT_ACCESS_KEY": access, "ROOT_SECRET_KEY": secret},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C is for us: reads under way would wait for a store that died
         )
         try:
             _wait_listening(port, process)

@@ -101,6 +101,29 @@ def test_a_mapping_keeps_a_mount_busy_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("status", "fusermount", "why"),
+    [
+        ("CapEff:\t000001ffffffffff\nCapBnd:\t000001ffffffffff\n", None, ""),
+        ("CapEff:\t00000000a80425fb\nCapBnd:\t00000000a80425fb\n", "/bin/fusermount3", "--cap-add SYS_ADMIN"),
+        ("CapEff:\t0000000000000000\nCapBnd:\t000001ffffffffff\nNoNewPrivs:\t0\n", "/bin/fusermount3", ""),
+        ("CapEff:\t0000000000000000\nCapBnd:\t000001ffffffffff\n", None, "apt-get install fuse3"),
+        (
+            "CapEff:\t0000000000000000\nCapBnd:\t000001ffffffffff\nNoNewPrivs:\t1\n",
+            "/bin/fusermount3",
+            "no_new_privs",
+        ),
+        ("Name:\tinit\n", None, ""),
+    ],
+)
+def test_who_may_not_mount_is_told_what_is_needed(status: str, fusermount: str | None, why: str) -> None:
+    """root, a container's root, a user, one without fusermount3 or privileges, a kernel that says nothing."""
+    said = mountpoint.refused_by(status, fusermount=fusermount)
+    assert why in said
+    assert bool(said) == bool(why)
+    assert (": " in said) == bool(why), "what it is, and after a colon what to do: doctor shows them apart"
+
+
+@pytest.mark.parametrize(
     ("cache", "fits"),
     [("cache", True), ("mnt/cache", False), ("mnt", False), (".", False), ("mnt-cache", True), ("l", False)],
 )
