@@ -216,6 +216,10 @@ def _split(url: str, wrong: Callable[[object, str], SettingError]) -> tuple[str,
     host, _, key = rest.partition("/")
     if not colon or not scheme or not (host or scheme == "file") or not key or key.endswith("/"):
         raise wrong(url, "the URL of an object, such as s3://bucket/key")
+    if scheme == "file":
+        if host:
+            raise wrong(url, "file:///absolute/path")
+        return "file:///", key  # the root of all of them
     if "@" in host:
         raise wrong(f"{scheme}://...@{host.rpartition('@')[2]}", "a URL without a user or password")
     if scheme in ("http", "https"):

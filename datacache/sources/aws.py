@@ -15,7 +15,8 @@ and nested profiles. Next: `datacache.sources.s3` puts this and obstore together
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -52,10 +53,12 @@ from botocore.exceptions import (
     ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
+    ReadTimeoutError,
     ResponseStreamingError,
     TokenRetrievalError,
 )
 from botocore.loaders import create_loader
+from urllib3.exceptions import HTTPError
 
 from datacache.clock import Clock
 from datacache.config.settings import SourceSettings
@@ -550,6 +553,7 @@ class S3Client:
                 response_checksum_validation="when_required",
             ),
         )
+        client._endpoint.http_session = _Timely(client._endpoint.http_session, self._settings.timeout)
         # botocore parses each answer once more, only to find errors that were sent with status 200.
         # `parse_listing` finds them. Should a later botocore call its check something else, listings
         # get slower, not wrong.
@@ -584,6 +588,55 @@ class S3Client:
         finally:
             client.close()
         return str(headers.get("x-amz-bucket-region", "us-east-1"))
+
+
+class _Timely:
+    """botocore's HTTP session, with a bound on the time until an answer's body is whole.
+
+    botocore knows only one between two bytes, so an answer that trickles would be waited for as long
+    as it goes on: hours, for a listing of 1000 objects.
+    """
+
+    def __init__(self, session: Any, bound: float) -> None:
+        self._session, self._bound = session, bound
+
+    def send(self, request: Any) -> Any:
+        deadline = time.monotonic() + self._bound
+        streamed, request.stream_output = request.stream_output, True  # else the body is read in there
+        answer = self._session.send(request)
+        answer.raw = _TimelyBody(answer.raw, deadline, request.url)
+        if not streamed:
+            answer.content  # noqa: B018  reading it keeps it
+        return answer
+
+    def close(self) -> None:
+        self._session.close()
+
+
+class _TimelyBody:
+    """A body that is read as it comes, until the deadline."""
+
+    def __init__(self, raw: Any, deadline: float, url: str) -> None:
+        self._raw, self._deadline, self._url = raw, deadline, url
+
+    def stream(self) -> Iterator[bytes]:
+        try:
+            while part := self._raw.read1(64 * 1024):
+                yield part
+                if time.monotonic() > self._deadline:
+                    self._raw.close()  # a connection with half an answer on it is of no use to anybody
+                    raise ReadTimeoutError(endpoint_url=self._url)
+        except HTTPError as error:
+            raise HTTPClientError(error=error) from error
+        if missing := self._raw.length_remaining:
+            raise HTTPClientError(error=f"the answer broke off {missing} bytes before its end")
+
+    def read(self, amount: int | None = None) -> bytes:
+        assert amount is None, "bodies are read whole"
+        return b"".join(self.stream())
+
+    def close(self) -> None:
+        self._raw.close()
 
 
 def open_client(name: str, *, endpoint: str, environment: Mapping[str, str], clock: Clock) -> S3Client:

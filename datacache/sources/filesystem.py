@@ -82,7 +82,8 @@ class FsspecSource:
         self._settings = settings
         self._fs = filesystem or _make(uri, dict(options or {}))
         self._root = _path(self._fs, uri)
-        self._conditional = getattr(self._fs, "conditional", False)
+        self._conditional: bool = getattr(self._fs, "conditional", False)
+        self._md5_etag: bool = getattr(self._fs, "md5_etag", False)
         self._calls = _Calls(THREADS)
 
     def __repr__(self) -> str:
@@ -94,7 +95,7 @@ class FsspecSource:
 
     @property
     def traits(self) -> Traits:
-        return Traits(conditional=self._conditional)
+        return Traits(conditional=self._conditional, md5_etag=self._md5_etag)
 
     def list(self, prefix: str, *, recursive: bool, versions: bool = False) -> Iterator[Page]:
         if versions:
@@ -397,6 +398,7 @@ def _oss_class() -> type[AbstractFileSystem]:
         """ossfs with exact ranges, conditional reads and entity tags; pages of 1000 names, not 100."""
 
         conditional = True
+        md5_etag = True
 
         async def _ls(self, path: str, detail: bool = True, **_: Any) -> list[Facts]:
             bucket, key = self.split_path(path)

@@ -148,7 +148,8 @@ def check_answer(
         if wanted.etag and etag:
             raise WrongBytes(f"{thing}: version {wanted.etag} has {info.size} bytes, the answer is of {size}")
         raise VersionChanged(f"{thing} had {info.size} bytes and has {size} now")
-    if wanted.condition and not etag:
+    # Where there is both, the tag is enough: the same tag is the same bytes, whatever id they have.
+    if (wanted.condition and not etag) or (wanted.version_id and not wanted.condition and not version_id):
         raise WrongBytes(f"{thing}: the answer does not say which version it is of")
     if got != span:
         raise WrongBytes(f"{thing}: bytes {span} were asked for, {got} came")
@@ -255,8 +256,9 @@ class ObjectStoreSource:
     dropped where `dir/` has other objects.
     """
 
-    def __init__(self, store: Store, *, uri: str, prefix: str) -> None:
+    def __init__(self, store: Store, *, uri: str, prefix: str, md5_etag: bool = False) -> None:
         self._store, self._uri, self._prefix = store, uri, prefix
+        self._traits = Traits(conditional=True, md5_etag=md5_etag)
 
     def __repr__(self) -> str:
         return f"<ObjectStoreSource {self._uri}>"
@@ -267,7 +269,7 @@ class ObjectStoreSource:
 
     @property
     def traits(self) -> Traits:
-        return Traits(conditional=True)
+        return self._traits
 
     def list(self, prefix: str, *, recursive: bool, versions: bool = False) -> Iterator[Page]:
         if versions:

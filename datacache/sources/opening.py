@@ -339,7 +339,8 @@ def _gs(name: str, prefix: str, given: _Options, environment: Environment) -> Ma
 
     def make(settings: SourceSettings, clock: Clock) -> Source:
         store = objectstore.gcs_store(name, config=config, ca_bundle=ca_bundle, settings=settings)
-        return objectstore.ObjectStoreSource(store, uri=uri, prefix=prefix)
+        # Google's tags are MD5s too, but for composed and customer-encrypted objects.
+        return objectstore.ObjectStoreSource(store, uri=uri, prefix=prefix, md5_etag=True)
 
     return make
 

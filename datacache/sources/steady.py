@@ -109,7 +109,7 @@ class SteadySource:
 
     @property
     def traits(self) -> Traits:
-        return self._inner.traits
+        return _SteadyTraits(self._inner.traits, self._steadily)
 
     def stats(self) -> SteadyStats:
         """Counts since the start, and how the breaker stands."""
@@ -267,6 +267,22 @@ class SteadySource:
         self._opened += 1
         self._interrupt.set()
         self._interrupt = threading.Event()
+
+
+class _SteadyTraits(Traits):
+    """`inner`, where it may have to ask the store whether it keeps versions: a busy store must not
+    fail a snapshot by that one question."""
+
+    def __init__(self, inner: Traits, steadily: Callable[[Callable[[], bool]], bool]) -> None:
+        values = {"conditional": inner.conditional, "md5_etag": inner.md5_etag}
+        for name, value in {**values, "_inner": inner, "_steadily": steadily}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def versioned(self) -> bool:
+        inner: Traits = self._inner  # type: ignore[attr-defined]
+        answer: bool = self._steadily(lambda: inner.versioned)  # type: ignore[attr-defined]
+        return answer
 
 
 class _Effort:

@@ -10,6 +10,7 @@ for directories of thousands; for more, or where there is no such page, a manife
 
 import ssl
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -153,12 +154,18 @@ class WebSource:
 
     def _page(self, url: str) -> str:
         request = urllib.request.Request(url, headers={"Accept": "text/html"})  # noqa: S310 - checked in opening
+        deadline = time.monotonic() + self._settings.timeout
         try:
             with urllib.request.urlopen(  # noqa: S310
                 request, timeout=self._settings.stall_timeout, context=self._trust
             ) as answer:
                 kind = answer.headers.get_content_type()
-                body = answer.read(_LARGEST_PAGE + 1)
+                body = bytearray()
+                # As it comes, for the time-out is one between two bytes: a trickle would never end.
+                while len(body) <= _LARGEST_PAGE and (part := answer.read1(_LARGEST_PAGE + 1 - len(body))):
+                    body += part
+                    if time.monotonic() > deadline:
+                        raise TimeoutError("the page took too long")
                 missing = 0 if len(body) > _LARGEST_PAGE else answer.length or 0
         except urllib.error.HTTPError as error:
             with error:
@@ -168,7 +175,7 @@ class WebSource:
                 raise failure(url, status=error.code, message=str(error.reason), retry_after=after) from error
         except (OSError, ValueError, HTTPException) as error:
             raise Unavailable(f"{url} cannot be had right now ({error})") from error
-        if missing:  # read(n) does not say so itself
+        if missing:  # read1(n) does not say so itself
             raise Unavailable(f"{url} broke off {missing} bytes before its end")
         if kind != "text/html" or len(body) > _LARGEST_PAGE:
             raise self._no_listing(url, f"{kind}, {len(body)} bytes")

@@ -164,6 +164,15 @@ def test_a_version_id_is_asked_for(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", [PLAIN, ODD])
+@pytest.mark.parametrize("version_id", ["", "v2"])
+def test_an_answer_to_a_version_id_says_which_version_it_is(key: str, version_id: str) -> None:
+    """A manifest may know nothing but the id. A store that ignores it would answer with what is current."""
+    headers = HEAD | ({"x-amz-version-id": version_id} if version_id else {})
+    with s3(always(Answer(200, BODY, headers))) as (source, _), pytest.raises(WrongBytes):
+        source.read(info(key, version=Version(version_id="v1")), ByteRange(0, 10))
+
+
+@pytest.mark.parametrize("key", [PLAIN, ODD])
 @pytest.mark.parametrize("answer", [Answer(200, b"", HEAD, 10, hang=True)])
 def test_a_stalled_answer_is_given_up(key: str, answer: Answer) -> None:
     """A body that does not come is given up after stall_timeout, to be asked for again."""

@@ -46,6 +46,7 @@ from tests.support.faulty_s3 import (
 )
 
 BODY = Random(7).randbytes(50_000)
+ODD = "odd//key"  # obstore cannot ask for it, so botocore does
 PART, WHOLE = ByteRange(1000, 2000), ByteRange(0, 50_000)
 # Real time: a stall is something that a socket sees. Short, and long enough for a loaded machine.
 QUICK = SourceSettings(timeout=0.6, stall_timeout=0.15, connect_timeout=1.0, backoff=0.01, backoff_max=0.05)
@@ -54,7 +55,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "AKIAEXAMPLE", "AWS_SECRET_ACCESS_KEY": "example", 
 
 @pytest.fixture
 def s3() -> Iterator[FaultyS3]:
-    with FaultyS3({"o": BODY}) as server:
+    with FaultyS3({"o": BODY, ODD: BODY[:1000]}) as server:
         yield server
 
 
@@ -197,6 +198,41 @@ def test_an_endless_trickle_ends_at_the_bound(s3: FaultyS3, logs: AnnouncedLogs)
         assert time.monotonic() - began < 5
 
 
+def test_what_botocore_asks_for_ends_at_the_bound_too(s3: FaultyS3, logs: AnnouncedLogs) -> None:
+    """Its own time-out is one between two bytes: a listing or a key that trickles would take minutes."""
+    logs.expect("does not answer")
+    with closing(opened(s3)) as source:
+        info = source.stat(ODD)
+        s3.add("get", *[Trickle(every=0.05)] * 50)
+        s3.add("list", *[Trickle(every=0.05)] * 50)
+        page = source.list("", recursive=True)
+        for act in (lambda: source.read(info, ByteRange(0, 1000)), lambda: next(page)):
+            began = time.monotonic()
+            with pytest.raises(Unavailable):
+                act()
+            assert time.monotonic() - began < 5
+
+
+def test_a_busy_store_may_be_asked_whether_it_keeps_versions(s3: FaultyS3) -> None:
+    """A snapshot begins with this question; one bad answer must not end it."""
+    with closing(opened(s3)) as source:
+        assert source.traits.conditional and source.traits.md5_etag
+        s3.add("list", Status(503, "SlowDown"))
+        assert not source.traits.versioned
+        assert s3.count("list") == 2
+
+
+def test_a_damaged_whole_object_of_google_is_fetched_again(s3: FaultyS3, logs: AnnouncedLogs) -> None:
+    """Google's entity tags are MD5s, as those of S3 are; its XML is near enough to S3's for one read."""
+    logs.expect("was damaged")
+    mount = MountPoint("gs://bucket", options={"endpoint": s3.endpoint, "anonymous": "true"})
+    with closing(open_source(mount, settings=QUICK, environment={}, clock=SystemClock())) as source:
+        info = source.stat("o")
+        s3.add("get", Flip())
+        assert bytes(source.read(info, WHOLE)) == BODY
+        assert s3.count("get") == 2
+
+
 @pytest.mark.parametrize(
     "fault",
     [Status(503, "SlowDown"), Status(429, "SlowDown"), Reset(), Truncate(40), Stall(after=10)],
@@ -204,9 +240,9 @@ def test_an_endless_trickle_ends_at_the_bound(s3: FaultyS3, logs: AnnouncedLogs)
 )
 def test_a_listing_survives_a_bad_page(s3: FaultyS3, fault: Fault) -> None:
     """A page that fails is asked for again; the listing has everything once."""
-    keys = sorted(["o", *(f"k{i:04d}" for i in range(2500))])
+    keys = sorted(["o", ODD, *(f"k{i:04d}" for i in range(2500))])
     for key in keys:
-        s3.put(key, BODY if key == "o" else b"")
+        s3.put(key, BODY if key in ("o", ODD) else b"")
     with closing(opened(s3)) as source:
         s3.add("list", None, fault, None, fault)
         listed = [o.key for page in source.list("", recursive=True) for o in page.objects]

@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,8 @@ from datacache.errors import NotFound, SourceError, Unavailable, Unsupported, Ve
 from datacache.model import ByteRange, MountPoint, ObjectInfo, Version
 from datacache.sources.opening import open_raw
 from datacache.sources.source import Source
-from datacache.sources.website import children
+from datacache.sources.website import WebSource, children
+from tests.support.faulty_s3 import FaultyS3, Trickle
 from tests.support.stub import Answer, Request, StubServer, always
 
 SETTINGS = SourceSettings(timeout=5, stall_timeout=2)
@@ -26,6 +28,11 @@ SETTINGS = SourceSettings(timeout=5, stall_timeout=2)
 
 def opened(uri: str) -> Source:
     return open_raw(MountPoint(uri), settings=SETTINGS, environment={}, clock=SystemClock())
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64
+    """More than are asked at once: a connection beyond the queue would wait for TCP's second try."""
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -37,7 +44,7 @@ class Quiet(SimpleHTTPRequestHandler):
 def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A directory, and the URL under which the standard library's server shows it."""
     (tmp_path / "data").mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
+    server = Server(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
     server.daemon_threads = False
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
@@ -138,6 +145,18 @@ def test_a_directory_that_cannot_be_listed(answer: Answer, kind: type[SourceErro
             assert caught.value.retry_after == 4
     with closing(opened("http://127.0.0.1:9/x")) as source, pytest.raises(Unavailable):
         list(source.list("", recursive=True))
+
+
+def test_a_page_that_trickles_ends_at_the_bound() -> None:
+    """The time-out of its client is one between two bytes."""
+    settings = SourceSettings(timeout=0.3, stall_timeout=1.0)
+    with FaultyS3(bucket="") as server:
+        server.add("list", Trickle(every=0.05))
+        with closing(WebSource(server.endpoint + "/", settings=settings)) as source:
+            began = time.monotonic()
+            with pytest.raises(Unavailable, match="too long"):
+                list(source.list("", recursive=False))
+            assert time.monotonic() - began < 5
 
 
 def test_a_directory_in_itself_ends() -> None:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
+from hashlib import md5
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ from datacache.model import ByteRange, ObjectInfo, Version
 from datacache.sources.checked import CheckedSource
 from datacache.sources.filesystem import FsspecSource, Stalled, _Calls, _nanoseconds, check_scheme, translate
 from datacache.sources.steady import SteadySource
-from tests.support.faulty_s3 import Elsewhere, NotPartial, Shorten, Status
+from tests.conftest import AnnouncedLogs
+from tests.support.faulty_s3 import Elsewhere, Flip, NotPartial, Shorten, Status
 from tests.support.oss_stub import OssStub
 
 QUICK = SourceSettings(timeout=0.15, stall_timeout=0.05, connect_timeout=0.05)
@@ -138,6 +140,17 @@ def test_what_oss_says_is_understood(oss: OssStub, fault: Status, error: type[So
         assert type(caught.value) is error
         if fault.retry_after:
             assert isinstance(caught.value, Unavailable) and caught.value.retry_after == 7
+
+
+def test_a_damaged_whole_object_of_oss_is_fetched_again(oss: OssStub, logs: AnnouncedLogs) -> None:
+    """OSS's entity tags are MD5s, in capitals; ossfs itself compares nothing."""
+    logs.expect("was damaged")
+    oss.put("o", BODY, etag=f'"{md5(BODY, usedforsecurity=False).hexdigest().upper()}"')
+    with closing(CheckedSource(ossfs(oss))) as source:
+        info = source.stat("o")
+        oss.add("get", Flip())
+        assert source.read(info, ByteRange(0, len(BODY))) == BODY
+        assert oss.count("get") == 2
 
 
 def test_archived_objects_of_oss_are_known_by_the_listing(oss: OssStub) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from datacache.clock import VirtualClock
-from datacache.config.settings import IndexSettings
+from datacache.config.settings import IndexSettings, SourceSettings
 from datacache.errors import NotFound, SettingError, Unavailable
 from datacache.index.index import Index
 from datacache.index.manifest import Item, Manifest, read_manifest
@@ -17,6 +17,7 @@ from datacache.index.snapshot import SnapshotIndex, create_snapshot
 from datacache.model import Dataset, MountPoint, Version
 from datacache.sources.faulty import Fail, FaultySource
 from datacache.sources.memory import MemorySource
+from datacache.sources.opening import open_source
 from datacache.sources.source import Source
 
 URI = "s3://lists/train.jsonl"
@@ -42,7 +43,7 @@ def test_lines_become_items() -> None:
         {"url": "file:///data/f"},
     )
     assert found.mounts == tuple(
-        MountPoint(uri) for uri in ("s3://b", "gs://c", "https://host:8080", "file://")
+        MountPoint(uri) for uri in ("s3://b", "gs://c", "https://host:8080", "file:///")
     )
     expected = [
         Item(2, 0, "x/y.jpg", "x/y.jpg", None, Version()),
@@ -79,6 +80,7 @@ def test_line_ends_and_byte_order_do_not_matter() -> None:
         ('"s3:///x"', "URL of an object"),
         ('"s3://b/x/"', "URL of an object"),
         ('"://b/x"', "URL of an object"),
+        ('"file://host/x"', "file:///absolute/path"),
         ('"https://h/x?sig=1"', "without query"),
         ('"https://h/x#y"', "without query"),
         ('"s3://b/a//b"', "below the data set"),
@@ -134,6 +136,15 @@ def test_two_lines_that_cannot_both_be(lines: list[object], said: str) -> None:
     with pytest.raises(SettingError) as caught:
         manifest(*lines)
     assert said in str(caught.value)
+
+
+def test_files_of_this_machine_can_be_listed(tmp_path: Path) -> None:
+    """What a line names can be opened: the root of file:// URLs is a source as any other."""
+    (tmp_path / "x").write_bytes(b"12345")
+    found = manifest({"url": (tmp_path / "x").as_uri(), "path": "here"})
+    (mount,), (item,) = found.mounts, found.items
+    source = open_source(mount, settings=SourceSettings(), environment={}, clock=VirtualClock())
+    assert source.stat(item.key).size == 5
 
 
 def test_an_empty_manifest() -> None:
