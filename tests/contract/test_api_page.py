@@ -19,7 +19,8 @@ from datacache.worker import Worker
 from tests.contract.control_suite import FILES
 from tests.contract.test_control import fill, settings_of
 
-PAGE = (Path(__file__).parents[2] / "docs/api.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, OPERATIONS = (DOCS / "api.md").read_text(), (DOCS / "operations.md").read_text()
 ROUTES = re.findall(r"^\| `(GET|POST) (/\S+)` \| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE)
 """Method, path, arguments and answer of each row."""
 
@@ -91,6 +92,22 @@ def test_answers_have_the_keys_of_the_page(worker: Worker) -> None:
     assert page["after"] > 0
     alone = ask(worker, "POST", "/v1/list", {"path": "/a.bin"})[1]
     assert [entry["size"] for entry in alone["entries"]] == [len(FILES["a.bin"])]
+
+
+def test_the_page_of_operations_has_each_figure_of_the_status(worker: Worker) -> None:
+    """docs/operations.md names every key that `datacache status --json` prints of a worker, and no other."""
+    (table,) = re.findall(r"says\n.*?\n\|---\|---\|\n(.*?)\n\n", OPERATIONS, re.DOTALL)
+    rows = [
+        re.findall(r"`([a-z_]+)(?:\[\])?`", cell)
+        for line in table.splitlines()
+        for cell in line.split("|")[1:2]
+    ]
+    nested = {line.split("`")[1].strip("[]"): line.split("|")[2] for line in table.splitlines()}
+    status = ask(worker, "GET", "/v1/status")[1]
+    assert {key for row in rows for key in row} - {"mount_requests", "mount_files"} == set(status)
+    for key in ("index", "tiers", "reads", "sources", "mounts"):
+        part = status[key][0] if isinstance(status[key], list) else status[key]
+        assert set(part) <= set(re.findall(r"`(\w+)`", nested[key])), key
 
 
 @pytest.mark.parametrize(
