@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.description = "List a directory: size, how much of each file is cached, in which tier."
         parser.add_argument("-l", "--long", action="store_true", help="time and version too")
     else:
-        parser.description = "All about one path. Fetches nothing; lists directories on the way to it that are not known yet."
+        parser.description = "All about one path. Fetches nothing of it."
     flags.add_json_flag(parser)
 
 
