@@ -24,8 +24,9 @@ the tests and a stand-in for the kernel speak it. What comes from the peer and i
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum, IntFlag
+from functools import partial
 from struct import Struct
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -712,13 +713,25 @@ Decoder: TypeAlias = Callable[[Buffer, int], Request]
 """Takes a whole request and where its body ends; the body begins after the header."""
 
 _Encoder: TypeAlias = Callable[[tuple[Any, ...]], bytes]
-_Make: TypeAlias = Callable[[Iterable[Any]], Request]
 
 
 class _Codec(NamedTuple):
     decode: Decoder
     encode: _Encoder
 
+
+_Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
+
+
+def _maker(kind: type[_Tuple]) -> Callable[[Iterable[Any]], _Tuple]:
+    """`kind._make` without its Python: a third of the time that decoding a request takes."""
+    return cast(Callable[[Iterable[Any]], _Tuple], partial(tuple.__new__, kind))
+
+
+_header = _maker(Header)
+_lookup = _maker(LookupIn)
+_write = _maker(WriteIn)
+_forgotten = _maker(Forgotten)
 
 _HEADER = Struct("=IIQQIIIHxx")
 HEADER_SIZE = _HEADER.size
@@ -741,8 +754,8 @@ def decode_header(buffer: Buffer) -> Header:
     """The header of the request that fills `buffer`, which must have the length that it says."""
     if len(buffer) < HEADER_SIZE:
         raise Malformed(0, f"{len(buffer)} bytes are no header")
-    header = Header._make(_HEADER.unpack_from(buffer))
-    if header.length != len(buffer):
+    header = _header(_HEADER.unpack_from(buffer))
+    if header[0] != len(buffer):
         reason = f"says that it has {header.length} bytes, has {len(buffer)}"
         raise Malformed(header.opcode, reason, header.unique)
     if header.extensions:
@@ -801,14 +814,17 @@ def _need(opcode: Opcode, layout: Struct, end: int) -> int:
     return begin
 
 
+_SLASH = ord("/")  # looking for a number in bytes is several times faster than for bytes
+
+
 def _checked_name(opcode: Opcode, name: bytes) -> bytes:
     if not name:
         raise Malformed(opcode, "an empty name")
     if len(name) > NAME_MAX:
         raise Malformed(opcode, f"a name of {len(name)} bytes")
-    if b"/" in name:
+    if _SLASH in name:
         raise Malformed(opcode, "a name with a slash")
-    if b"\0" in name:
+    if 0 in name:
         raise Malformed(opcode, "a name with a NUL in it")
     return name
 
@@ -819,10 +835,10 @@ def _checked_text(opcode: Opcode, text: bytes) -> bytes:
     return text
 
 
-def _fixed(opcode: Opcode, make: _Make, layout: str) -> _Codec:
+def _fixed(opcode: Opcode, kind: type[Request], layout: str) -> _Codec:
     """A body that is one structure."""
     struct = Struct(layout)
-    unpack, whole = struct.unpack_from, HEADER_SIZE + struct.size
+    make, unpack, whole = _maker(kind), struct.unpack_from, HEADER_SIZE + struct.size
 
     def decode_fixed(buffer: Buffer, end: int) -> Request:
         if end != whole:
@@ -836,10 +852,10 @@ _Check: TypeAlias = Callable[[Opcode, bytes], bytes]
 
 
 def _named(
-    opcode: Opcode, make: _Make, layout: str = "=", checks: Sequence[_Check] = (_checked_name,)
+    opcode: Opcode, kind: type[Request], layout: str = "=", checks: Sequence[_Check] = (_checked_name,)
 ) -> _Codec:
     """A body of one structure, maybe empty, and one or more strings that NUL ends."""
-    struct = Struct(layout)
+    struct, make = Struct(layout), _maker(kind)
 
     def decode_named(buffer: Buffer, end: int) -> Request:
         begin = _need(opcode, struct, end)
@@ -860,13 +876,12 @@ def _named(
 
 def _decode_lookup(buffer: Buffer, end: int) -> LookupIn:
     # The most frequent of all, so without the generality of `_named`.
-    name = bytes(buffer[HEADER_SIZE:end])
-    if name[-1:] != b"\0":
+    name = bytes(buffer[HEADER_SIZE : end - 1])
+    if end == HEADER_SIZE or buffer[end - 1]:
         raise Malformed(Opcode.LOOKUP, "a name without a NUL at its end")
-    name = name[:-1]
-    if not name or b"/" in name or b"\0" in name or len(name) > NAME_MAX:
+    if not name or _SLASH in name or 0 in name or len(name) > NAME_MAX:
         _checked_name(Opcode.LOOKUP, name)
-    return LookupIn(name)
+    return _lookup((name,))
 
 
 def _decode_batch_forget(buffer: Buffer, end: int) -> BatchForgetIn:
@@ -875,7 +890,7 @@ def _decode_batch_forget(buffer: Buffer, end: int) -> BatchForgetIn:
     if end - begin != count * _PAIR.size:
         raise Malformed(Opcode.BATCH_FORGET, f"{end - begin} bytes for {count} nodes")
     pairs = _PAIR.iter_unpack(memoryview(buffer)[begin:end])
-    return BatchForgetIn(tuple(map(Forgotten._make, pairs)))
+    return BatchForgetIn(tuple(map(_forgotten, pairs)))
 
 
 def _encode_batch_forget(body: tuple[Any, ...]) -> bytes:
@@ -888,7 +903,7 @@ def _decode_write(buffer: Buffer, end: int) -> WriteIn:
     fh, offset, size, write_flags, lock_owner, flags = _WRITE_IN.unpack_from(buffer, HEADER_SIZE)
     if end - begin != size:
         raise Malformed(Opcode.WRITE, f"{end - begin} bytes of data, says {size}")
-    return WriteIn(fh, offset, write_flags, lock_owner, flags, memoryview(buffer)[begin:end])
+    return _write((fh, offset, write_flags, lock_owner, flags, memoryview(buffer)[begin:end]))
 
 
 def _encode_write(body: tuple[Any, ...]) -> bytes:
@@ -987,56 +1002,56 @@ _TWO_NAMES = (_checked_name, _checked_name)
 
 _CODECS: dict[Opcode, _Codec] = {
     Opcode.LOOKUP: _Codec(_decode_lookup, lambda body: bytes(body[0]) + b"\0"),
-    Opcode.FORGET: _fixed(Opcode.FORGET, ForgetIn._make, "=Q"),
-    Opcode.GETATTR: _fixed(Opcode.GETATTR, GetattrIn._make, "=I4xQ"),
-    Opcode.SETATTR: _fixed(Opcode.SETATTR, SetattrIn._make, "=I4xQQQqqqIIII4xII4x"),
-    Opcode.READLINK: _fixed(Opcode.READLINK, EmptyIn._make, "="),
-    Opcode.SYMLINK: _named(Opcode.SYMLINK, SymlinkIn._make, checks=(_checked_name, _checked_text)),
-    Opcode.MKNOD: _named(Opcode.MKNOD, MknodIn._make, "=III4x"),
-    Opcode.MKDIR: _named(Opcode.MKDIR, MkdirIn._make, "=II"),
-    Opcode.UNLINK: _named(Opcode.UNLINK, UnlinkIn._make),
-    Opcode.RMDIR: _named(Opcode.RMDIR, RmdirIn._make),
-    Opcode.RENAME: _named(Opcode.RENAME, RenameIn._make, "=Q", _TWO_NAMES),
-    Opcode.LINK: _named(Opcode.LINK, LinkIn._make, "=Q"),
-    Opcode.OPEN: _fixed(Opcode.OPEN, OpenIn._make, _OPEN_IN),
-    Opcode.READ: _fixed(Opcode.READ, ReadIn._make, _READ_IN),
+    Opcode.FORGET: _fixed(Opcode.FORGET, ForgetIn, "=Q"),
+    Opcode.GETATTR: _fixed(Opcode.GETATTR, GetattrIn, "=I4xQ"),
+    Opcode.SETATTR: _fixed(Opcode.SETATTR, SetattrIn, "=I4xQQQqqqIIII4xII4x"),
+    Opcode.READLINK: _fixed(Opcode.READLINK, EmptyIn, "="),
+    Opcode.SYMLINK: _named(Opcode.SYMLINK, SymlinkIn, checks=(_checked_name, _checked_text)),
+    Opcode.MKNOD: _named(Opcode.MKNOD, MknodIn, "=III4x"),
+    Opcode.MKDIR: _named(Opcode.MKDIR, MkdirIn, "=II"),
+    Opcode.UNLINK: _named(Opcode.UNLINK, UnlinkIn),
+    Opcode.RMDIR: _named(Opcode.RMDIR, RmdirIn),
+    Opcode.RENAME: _named(Opcode.RENAME, RenameIn, "=Q", _TWO_NAMES),
+    Opcode.LINK: _named(Opcode.LINK, LinkIn, "=Q"),
+    Opcode.OPEN: _fixed(Opcode.OPEN, OpenIn, _OPEN_IN),
+    Opcode.READ: _fixed(Opcode.READ, ReadIn, _READ_IN),
     Opcode.WRITE: _Codec(_decode_write, _encode_write),
-    Opcode.STATFS: _fixed(Opcode.STATFS, EmptyIn._make, "="),
-    Opcode.RELEASE: _fixed(Opcode.RELEASE, ReleaseIn._make, _RELEASE_IN),
-    Opcode.FSYNC: _fixed(Opcode.FSYNC, FsyncIn._make, _FSYNC_IN),
+    Opcode.STATFS: _fixed(Opcode.STATFS, EmptyIn, "="),
+    Opcode.RELEASE: _fixed(Opcode.RELEASE, ReleaseIn, _RELEASE_IN),
+    Opcode.FSYNC: _fixed(Opcode.FSYNC, FsyncIn, _FSYNC_IN),
     Opcode.SETXATTR: _setxattr(_SETXATTR_SHORT),
-    Opcode.GETXATTR: _named(Opcode.GETXATTR, GetxattrIn._make, "=I4x", (_checked_text,)),
-    Opcode.LISTXATTR: _fixed(Opcode.LISTXATTR, ListxattrIn._make, "=I4x"),
-    Opcode.REMOVEXATTR: _named(Opcode.REMOVEXATTR, RemovexattrIn._make, checks=(_checked_text,)),
-    Opcode.FLUSH: _fixed(Opcode.FLUSH, FlushIn._make, "=Q8xQ"),
+    Opcode.GETXATTR: _named(Opcode.GETXATTR, GetxattrIn, "=I4x", (_checked_text,)),
+    Opcode.LISTXATTR: _fixed(Opcode.LISTXATTR, ListxattrIn, "=I4x"),
+    Opcode.REMOVEXATTR: _named(Opcode.REMOVEXATTR, RemovexattrIn, checks=(_checked_text,)),
+    Opcode.FLUSH: _fixed(Opcode.FLUSH, FlushIn, "=Q8xQ"),
     Opcode.INIT: _Codec(_decode_init, _encode_init),
-    Opcode.OPENDIR: _fixed(Opcode.OPENDIR, OpenIn._make, _OPEN_IN),
-    Opcode.READDIR: _fixed(Opcode.READDIR, ReadIn._make, _READ_IN),
-    Opcode.RELEASEDIR: _fixed(Opcode.RELEASEDIR, ReleaseIn._make, _RELEASE_IN),
-    Opcode.FSYNCDIR: _fixed(Opcode.FSYNCDIR, FsyncIn._make, _FSYNC_IN),
-    Opcode.GETLK: _fixed(Opcode.GETLK, LkIn._make, _LK_IN),
-    Opcode.SETLK: _fixed(Opcode.SETLK, LkIn._make, _LK_IN),
-    Opcode.SETLKW: _fixed(Opcode.SETLKW, LkIn._make, _LK_IN),
-    Opcode.ACCESS: _fixed(Opcode.ACCESS, AccessIn._make, "=I4x"),
-    Opcode.CREATE: _named(Opcode.CREATE, CreateIn._make, _CREATE_IN),
-    Opcode.INTERRUPT: _fixed(Opcode.INTERRUPT, InterruptIn._make, "=Q"),
-    Opcode.BMAP: _fixed(Opcode.BMAP, BmapIn._make, "=QI4x"),
-    Opcode.DESTROY: _fixed(Opcode.DESTROY, EmptyIn._make, "="),
+    Opcode.OPENDIR: _fixed(Opcode.OPENDIR, OpenIn, _OPEN_IN),
+    Opcode.READDIR: _fixed(Opcode.READDIR, ReadIn, _READ_IN),
+    Opcode.RELEASEDIR: _fixed(Opcode.RELEASEDIR, ReleaseIn, _RELEASE_IN),
+    Opcode.FSYNCDIR: _fixed(Opcode.FSYNCDIR, FsyncIn, _FSYNC_IN),
+    Opcode.GETLK: _fixed(Opcode.GETLK, LkIn, _LK_IN),
+    Opcode.SETLK: _fixed(Opcode.SETLK, LkIn, _LK_IN),
+    Opcode.SETLKW: _fixed(Opcode.SETLKW, LkIn, _LK_IN),
+    Opcode.ACCESS: _fixed(Opcode.ACCESS, AccessIn, "=I4x"),
+    Opcode.CREATE: _named(Opcode.CREATE, CreateIn, _CREATE_IN),
+    Opcode.INTERRUPT: _fixed(Opcode.INTERRUPT, InterruptIn, "=Q"),
+    Opcode.BMAP: _fixed(Opcode.BMAP, BmapIn, "=QI4x"),
+    Opcode.DESTROY: _fixed(Opcode.DESTROY, EmptyIn, "="),
     Opcode.IOCTL: _Codec(_decode_ioctl, _encode_ioctl),
-    Opcode.POLL: _fixed(Opcode.POLL, PollIn._make, "=QQII"),
+    Opcode.POLL: _fixed(Opcode.POLL, PollIn, "=QQII"),
     Opcode.NOTIFY_REPLY: _Codec(_decode_notify_reply, _encode_notify_reply),
     Opcode.BATCH_FORGET: _Codec(_decode_batch_forget, _encode_batch_forget),
-    Opcode.FALLOCATE: _fixed(Opcode.FALLOCATE, FallocateIn._make, "=QQQI4x"),
-    Opcode.READDIRPLUS: _fixed(Opcode.READDIRPLUS, ReadIn._make, _READ_IN),
-    Opcode.RENAME2: _named(Opcode.RENAME2, Rename2In._make, "=QI4x", _TWO_NAMES),
-    Opcode.LSEEK: _fixed(Opcode.LSEEK, LseekIn._make, "=QQI4x"),
-    Opcode.COPY_FILE_RANGE: _fixed(Opcode.COPY_FILE_RANGE, CopyFileRangeIn._make, _COPY_IN),
-    Opcode.SETUPMAPPING: _fixed(Opcode.SETUPMAPPING, SetupMappingIn._make, "=QQQQQ"),
+    Opcode.FALLOCATE: _fixed(Opcode.FALLOCATE, FallocateIn, "=QQQI4x"),
+    Opcode.READDIRPLUS: _fixed(Opcode.READDIRPLUS, ReadIn, _READ_IN),
+    Opcode.RENAME2: _named(Opcode.RENAME2, Rename2In, "=QI4x", _TWO_NAMES),
+    Opcode.LSEEK: _fixed(Opcode.LSEEK, LseekIn, "=QQI4x"),
+    Opcode.COPY_FILE_RANGE: _fixed(Opcode.COPY_FILE_RANGE, CopyFileRangeIn, _COPY_IN),
+    Opcode.SETUPMAPPING: _fixed(Opcode.SETUPMAPPING, SetupMappingIn, "=QQQQQ"),
     Opcode.REMOVEMAPPING: _Codec(_decode_remove_mapping, _encode_remove_mapping),
-    Opcode.SYNCFS: _fixed(Opcode.SYNCFS, SyncfsIn._make, "=8x"),
-    Opcode.TMPFILE: _named(Opcode.TMPFILE, CreateIn._make, _CREATE_IN),
-    Opcode.STATX: _fixed(Opcode.STATX, StatxIn._make, "=I4xQII"),
-    Opcode.COPY_FILE_RANGE_64: _fixed(Opcode.COPY_FILE_RANGE_64, CopyFileRangeIn._make, _COPY_IN),
+    Opcode.SYNCFS: _fixed(Opcode.SYNCFS, SyncfsIn, "=8x"),
+    Opcode.TMPFILE: _named(Opcode.TMPFILE, CreateIn, _CREATE_IN),
+    Opcode.STATX: _fixed(Opcode.STATX, StatxIn, "=I4xQII"),
+    Opcode.COPY_FILE_RANGE_64: _fixed(Opcode.COPY_FILE_RANGE_64, CopyFileRangeIn, _COPY_IN),
 }
 
 DECODERS: Mapping[int, Decoder] = {int(opcode): codec.decode for opcode, codec in _CODECS.items()}
@@ -1168,8 +1183,7 @@ def _split(timeout: float) -> tuple[int, int]:
         return FOREVER, 0
     if timeout <= 0:
         return 0, 0
-    seconds = int(timeout)
-    return seconds, int((timeout - seconds) * 1e9)
+    return divmod(int(timeout * 1e9), 1_000_000_000)
 
 
 def _unpacked(what: str, layout: Struct, buffer: Buffer) -> tuple[Any, ...]:
