@@ -3,16 +3,18 @@ The wire protocol of FUSE: what the kernel and a server say to each other over `
 
 Pure: bytes in, values out, and back. No descriptor, no state, no errno of ours; `session` reads and
 writes. The truth is `linux/fuse.h`; this is ABI 7.40 (Linux 6.9, the first with passthrough and RESEND)
-to 7.45 (Linux 6.18), and a test holds sizes, offsets and numbers against the header of the machine.
+to 7.45 (Linux 6.18, still so in 7.2), and a test holds sizes, offsets and numbers against the header of
+the machine.
 
 One read of the descriptor gives one whole request, of which the header tells the length:
 
     header (40 bytes) | structure of the opcode, maybe empty | names, each ended by NUL, or data | extensions
 
 One write answers it: a header of 16 bytes (length, negative errno, the `unique` of the request), then,
-if the errno is 0, the structure of the answer. FORGET, BATCH_FORGET and INTERRUPT take no answer; the
-kernel refuses (EINVAL, ENOENT) what it does not expect, and then a caller waits for ever. `unique` 0 in
-a write is a notification: the server speaks first, with the `Notify` code in the place of the errno.
+if the errno is 0, the structure of the answer. FORGET, BATCH_FORGET and NOTIFY_REPLY take no answer, and
+INTERRUPT needs none. The kernel refuses (EINVAL, ENOENT) what it does not expect, and then a caller waits
+for ever. `unique` 0 in a write is a notification: the server speaks first, with the `Notify` code in the
+place of the errno.
 
 Byte order is the machine's, and nothing is aligned beyond the padding spelled out here (so `=`).
 
@@ -23,7 +25,7 @@ the tests and a stand-in for the kernel speak it. What comes from the peer and i
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import IntEnum, IntFlag
+from enum import IntEnum, IntFlag, unique
 from functools import partial
 from struct import Struct
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
@@ -55,8 +57,8 @@ NOBODY = 0xFFFF_FFFF
 """In `Header.uid` and `gid` with ALLOW_IDMAP: the id has no meaning in this mount."""
 
 MIN_READ_BUFFER = 8192
-"""A read of the descriptor with less room fails with EINVAL. The room that is needed: 40 + 40 bytes
-before the data of the largest write, rounded up to a page."""
+"""A read of the descriptor with less room fails with EINVAL; so does one with less than `max_write` and
+the 80 bytes of header and structure before the data."""
 
 FOREVER = 0x7FFF_FFFF
 """Seconds (68 years) that stand for ∞ in a timeout: more than any uptime, and fits everywhere."""
@@ -86,6 +88,7 @@ class Malformed(ValueError):
 # `# 7.n` says which minor brought a number, where that is later than 7.9 (Linux 2.6.24).
 
 
+@unique
 class Opcode(IntEnum):
     """What is asked. Not in `Header`, which keeps the bare number: making a member costs more than
     decoding the header. Members and numbers compare, and index dictionaries, alike."""
@@ -123,7 +126,7 @@ class Opcode(IntEnum):
     SETLKW = 33
     ACCESS = 34  # not asked with default_permissions
     CREATE = 35  # lookup, mknod and open in one
-    INTERRUPT = 36  # the caller of an earlier request got a signal; no answer
+    INTERRUPT = 36  # a caller got a signal. Answered ENOSYS: never sent again; EAGAIN: again
     BMAP = 37
     DESTROY = 38  # the last request: unmounted
     IOCTL = 39  # 7.11
@@ -152,6 +155,7 @@ def opcode_name(opcode: int) -> str:
         return f"opcode {opcode}"
 
 
+@unique
 class Capability(IntFlag):
     """What the kernel offers in INIT and the server takes of it. 64 bits: the lower half is `flags`, the
     upper `flags2`, which counts only beside INIT_EXT. ABI minor and the Linux that first had it."""
@@ -194,13 +198,14 @@ class Capability(IntFlag):
     HAS_EXPIRE_ONLY = 1 << 35  # 7.38, 6.2: EXPIRE_ONLY in notify_inval_entry
     DIRECT_IO_ALLOW_MMAP = 1 << 36  # 7.39, 6.6: files opened with DIRECT_IO may be mapped shared
     PASSTHROUGH = 1 << 37  # 7.40, 6.9: opens with a backing file; needs max_stack_depth 1 or 2
-    NO_EXPORT_SUPPORT = 1 << 38  # 7.40, 6.9: no file handles: a node forgotten is a node gone
+    NO_EXPORT_SUPPORT = 1 << 38  # 7.40, 6.9: no file handles (name_to_handle_at(2), NFS) at all
     HAS_RESEND = 1 << 39  # 7.40, 6.9: notify_resend, and RESENT in what comes again
     ALLOW_IDMAP = 1 << 40  # 7.41, 6.12: the mount may be id-mapped; needs default_permissions
     OVER_IO_URING = 1 << 41  # 7.42, 6.14: requests over io_uring
     REQUEST_TIMEOUT = 1 << 42  # 7.43, 6.15: InitOut.request_timeout: unanswered so long aborts the mount
 
 
+@unique
 class OpenFlag(IntFlag):
     """How the kernel shall treat an open file: in the answer to OPEN, OPENDIR and CREATE."""
 
@@ -214,6 +219,7 @@ class OpenFlag(IntFlag):
     PASSTHROUGH = 1 << 7  # 7.40: I/O goes to the backing file of `backing_id`
 
 
+@unique
 class Notify(IntEnum):
     """What a notification says: the code in the place of the errno."""
 
@@ -228,6 +234,7 @@ class Notify(IntEnum):
     PRUNE = 9  # 7.45
 
 
+@unique
 class SetattrValid(IntFlag):
     """Which fields of SetattrIn count."""
 
@@ -245,24 +252,28 @@ class SetattrValid(IntFlag):
     KILL_SUIDGID = 1 << 11  # 7.33, with HANDLE_KILLPRIV_V2
 
 
+@unique
 class GetattrFlag(IntFlag):
     """GetattrIn.flags, StatxIn.flags."""
 
     FH = 1 << 0  # `fh` counts: fstat
 
 
+@unique
 class OpenInFlag(IntFlag):
     """OpenIn.open_flags, CreateIn.open_flags: what the kernel adds to the flags of open(2)."""
 
     KILL_SUIDGID = 1 << 0  # 7.33: this open truncates: drop suid and sgid
 
 
+@unique
 class ReadFlag(IntFlag):
     """ReadIn.read_flags."""
 
     LOCKOWNER = 1 << 1  # `lock_owner` counts
 
 
+@unique
 class WriteFlag(IntFlag):
     """WriteIn.write_flags."""
 
@@ -271,6 +282,7 @@ class WriteFlag(IntFlag):
     KILL_SUIDGID = 1 << 2  # 7.31
 
 
+@unique
 class ReleaseFlag(IntFlag):
     """ReleaseIn.release_flags."""
 
@@ -278,18 +290,21 @@ class ReleaseFlag(IntFlag):
     FLOCK_UNLOCK = 1 << 1  # 7.17
 
 
+@unique
 class FsyncFlag(IntFlag):
     """FsyncIn.flags."""
 
     FDATASYNC = 1 << 0  # the data, not the times
 
 
+@unique
 class LkFlag(IntFlag):
     """LkIn.lk_flags."""
 
     FLOCK = 1 << 0  # flock(2), not fcntl
 
 
+@unique
 class IoctlFlag(IntFlag):
     """IoctlIn.flags, IoctlOut.flags."""
 
@@ -301,18 +316,21 @@ class IoctlFlag(IntFlag):
     COMPAT_X32 = 1 << 5  # 7.30
 
 
+@unique
 class PollFlag(IntFlag):
     """PollIn.flags."""
 
     SCHEDULE_NOTIFY = 1 << 0  # notify_poll is wanted once there is something
 
 
+@unique
 class SetxattrFlag(IntFlag):
     """SetxattrIn.setxattr_flags."""
 
     ACL_KILL_SGID = 1 << 0  # 7.33
 
 
+@unique
 class AttrFlag(IntFlag):
     """Attr.flags."""
 
@@ -320,6 +338,7 @@ class AttrFlag(IntFlag):
     DAX = 1 << 1  # 7.36
 
 
+@unique
 class InvalEntryFlag(IntFlag):
     """Of notify_inval_entry."""
 
@@ -480,7 +499,7 @@ class OpenIn(NamedTuple):
 
 
 class CreateIn(NamedTuple):
-    """CREATE; TMPFILE, where the name is the kernel's invention and means nothing."""
+    """CREATE; TMPFILE, where the name means nothing: the kernel sends "/"."""
 
     flags: int
     mode: int
@@ -1049,7 +1068,7 @@ _CODECS: dict[Opcode, _Codec] = {
     Opcode.SETUPMAPPING: _fixed(Opcode.SETUPMAPPING, SetupMappingIn, "=QQQQQ"),
     Opcode.REMOVEMAPPING: _Codec(_decode_remove_mapping, _encode_remove_mapping),
     Opcode.SYNCFS: _fixed(Opcode.SYNCFS, SyncfsIn, "=8x"),
-    Opcode.TMPFILE: _named(Opcode.TMPFILE, CreateIn, _CREATE_IN),
+    Opcode.TMPFILE: _named(Opcode.TMPFILE, CreateIn, _CREATE_IN, (_checked_text,)),
     Opcode.STATX: _fixed(Opcode.STATX, StatxIn, "=I4xQII"),
     Opcode.COPY_FILE_RANGE_64: _fixed(Opcode.COPY_FILE_RANGE_64, CopyFileRangeIn, _COPY_IN),
 }
@@ -1468,15 +1487,15 @@ class InitOut(NamedTuple):
     """Bytes. The kernel offers what its bdi has, and only ever lowers that."""
     capabilities: int
     max_write: int
-    """Bytes of the largest WRITE; with `max_pages` it sets the largest READ too."""
+    """Bytes of the largest WRITE."""
     max_background: int = 0
     """Requests in flight that nobody waits for (readahead, asynchronous I/O). 0: the kernel's 12."""
     congestion_threshold: int = 0
-    """So many of those make the mount look busy. 0: three quarters of `max_background`."""
+    """So many of those make the mount look busy. 0: the kernel's 9, whatever `max_background` is."""
     time_gran: int = 1
     """Nanoseconds: what the times are multiples of."""
     max_pages: int = 0
-    """Pages of the largest request; needs MAX_PAGES, and is cut to `fs.fuse.max_pages_limit`."""
+    """Pages of the largest request, READ too; needs MAX_PAGES, and is cut to `fs.fuse.max_pages_limit`."""
     map_alignment: int = 0
     max_stack_depth: int = 0
     """With PASSTHROUGH: 1 for backing files on plain file systems, 2 for such on overlayfs too."""
