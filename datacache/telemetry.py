@@ -14,9 +14,9 @@ from typing import Any, TextIO
 _SECRET = re.compile(
     r"""(?ix)
     (?P<name> secret[\w-]* | password | passwd | token[\w-]* | [\w-]*_token | signature | x-amz-security-token
-      | x-amz-signature | authorization | sas | sig | account_key | access_key_secret )
-    (?P<sep> ["']?\s*[:=]\s*["']? )
-    (?P<value> (?:bearer\s+|basic\s+|aws4-hmac-sha256\s+)? [^\s"'&,;}]+ )
+      | x-amz-signature | authorization | sas | sig | account_?key | shared_?access_?key )
+    (?P<sep> ["']?\s*[:=>]\s*["']? )
+    (?P<value> (?:bearer\s+|basic\s+|aws4-hmac-sha256\s+)? [^\s"'&,;}<]+ )
     """
 )
 _USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^/\s@:]+:[^/\s@]+@")
@@ -26,6 +26,11 @@ def redact(text: str) -> str:
     """`text` with the values of anything that looks like a secret replaced by ***."""
     text = _USERINFO.sub(r"\g<scheme>***@", text)
     return _SECRET.sub(r"\g<name>\g<sep>***", text)
+
+
+def _redact_field(name: str, value: str) -> str:
+    """A value that has a name of its own: the name may be what tells that it is a secret."""
+    return "***" if _SECRET.fullmatch(f"{name}=x") else redact(value)
 
 
 class _Redactor(logging.Filter):
@@ -49,7 +54,7 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        fields |= {k: redact(str(v)) for k, v in vars(record).items() if k not in self._PLAIN}
+        fields |= {k: _redact_field(k, str(v)) for k, v in vars(record).items() if k not in self._PLAIN}
         if record.exc_info:
             fields["traceback"] = redact(self.formatException(record.exc_info))
         return json.dumps(fields)

@@ -150,7 +150,8 @@ def test_lookup_nowait_answers_from_what_is_known_and_never_asks_the_store(make:
 
 
 def test_the_kernel_believes_names_for_what_is_left_of_the_ttl(make: Maker) -> None:
-    """... so that two caches do not double it; also names that do not exist."""
+    """The kernel is given what is left of the TTL, so that two caches do not double it; also of names that
+    do not exist."""
     it = make()
     assert it.files.lookup(ROOT, b"a.txt").entry_timeout == TTL
     it.clock.advance(45)

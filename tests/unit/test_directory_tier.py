@@ -426,7 +426,8 @@ def test_a_full_disk_is_full_and_not_broken(start: Open, place: Path, disk: Faul
 def test_a_tenth_of_the_file_system_stays_free(
     start: Open, disk: FaultyDisk, left: Space, reason: str, clock: VirtualClock
 ) -> None:
-    """Bytes and inodes; when somebody makes room the tier is no longer full."""
+    """A tier leaves a tenth of its file system's bytes and inodes free (`--reserve`), and is *full* there,
+    not broken; when somebody makes room it is no longer full."""
     disk.left = left
     tier = start(reserve=0.1)
     with pytest.raises(TierFull, match=reason):

@@ -737,7 +737,8 @@ class Metered(MemorySource):
 
 @pytest.mark.parametrize("quota", [1 << 40, 0], ids=["roomy", "full"])
 def test_sixty_four_streams_stay_within_the_budget(quota: int) -> None:
-    """64 sequential readers never hold more than the budget, with no tier to put the bytes either, and
+    """Fetches, and bytes that no tier has room for, stay within `--memory`, whatever is read: 64 sequential
+    readers never hold more than the budget, with no tier to put the bytes either, and
     share it: blocks are then smaller, not fetched over and over."""
     size, streams = 40 * BLOCK, 64
     data = {f"{n}": bytes([n]) * size for n in range(streams)}

@@ -165,7 +165,7 @@ def test_some_errors_deserve_one_more_try(kind: type[SourceError], clock: Virtua
 
 
 def test_the_breaker_answers_at_once_until_a_probe_succeeds(clock: VirtualClock, logs: AnnouncedLogs) -> None:
-    """ "After one bounded failure a breaker answers at once until a probe succeeds"."""
+    """After one bounded failure a breaker answers at once until a probe succeeds."""
     logs.expect("memory://test does not answer; it is tried again every 5 s (the store is down)")
     source = made(clock, {"stat": down_until(clock, 47), "list": repeat(DOWN), "read": repeat(DOWN)})
     with pytest.raises(Unavailable):

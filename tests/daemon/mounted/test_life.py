@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import random
 import signal
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from datacache.cluster import registry
+from datacache.cluster import metrics, registry
 from datacache.config.settings import MountSettings
 from datacache.errors import MountError
 from datacache.model import MiB
@@ -298,7 +300,8 @@ def test_without_root_fusermount_unmounts(
 
 @pytest.mark.parametrize("how", ["handlers", "start"])
 def test_a_handler_that_raises_answers_eio_and_the_next_request_works(tmp_path: Path, how: str) -> None:
-    """Every exception becomes an errno: a bug in one request does not end the mount, or go unseen.
+    """Anything unexpected: EIO. Every exception becomes an errno: a bug in one request does not end the
+    mount, or go unseen.
 
     What fails while the mount starts does end it, and leaves nothing mounted.
     """
@@ -338,3 +341,26 @@ def test_a_mount_for_others_is_what_the_settings_say(daemon: Start) -> None:
     assert "default_permissions" in options(mounted)
     mounted.stop()
     assert "allow_other" in options(daemon(mount=MountSettings(allow_other=True)))
+
+
+def test_secrets_appear_nowhere(daemon: Start, bucket: Path, tmp_path: Path) -> None:
+    """Secrets never appear in arguments, logs, status, metrics or files of ours."""
+    secret = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
+    (bucket / "f").write_bytes(b"12345")
+    one = daemon(start=False)
+    environment = {"AWS_ACCESS_KEY_ID": "AKIAEXAMPLE", "AWS_SECRET_ACCESS_KEY": secret}
+    one.settings = replace(one.settings, environment=environment, log_level="debug")
+    one.start()
+    assert (one.directory / "f").read_bytes() == b"12345"
+    assert one.process is not None
+    said = [
+        Path(f"/proc/{one.process.pid}/cmdline").read_bytes(),
+        json.dumps(one.status()).encode(),
+        metrics.render(one.status()),
+        json.dumps(one.answer).encode(),
+    ]
+    one.stop()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 4, "index, catalogue, layout, log"
+    for text in [*said, *(path.read_bytes() for path in written)]:
+        assert secret.encode() not in text

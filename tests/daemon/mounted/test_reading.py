@@ -196,7 +196,8 @@ def test_a_directory_of_20000_entries_is_listed_whole(daemon: Start, bucket: Pat
 
 
 def test_statfs_and_attributes(daemon: Start, bucket: Path) -> None:
-    """Total = indexed, nothing free; owner and modes as chosen; no holes; times are the object's."""
+    """The modification time is the object's, `st_nlink` is 1, and `df` shows what is indexed, with nothing
+    free; owner and modes are as chosen, and there are no holes."""
     (bucket / "d").mkdir()
     (bucket / "d" / "f").write_bytes(b"x" * 10_000)
     os.utime(bucket / "d" / "f", ns=(10**18, 10**18 + 123_000_000))
@@ -205,7 +206,7 @@ def test_statfs_and_attributes(daemon: Start, bucket: Path) -> None:
     found = (directory / "d" / "f").stat()
     assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (1234, 2345, 0o640)
     assert (found.st_size, found.st_blocks * 512) == (10_000, 10_240)
-    assert found.st_mtime_ns // 10**9 == 10**9
+    assert (found.st_mtime_ns // 10**9, found.st_nlink) == (10**9, 1)
     assert (directory / "d").stat().st_mode & 0o7777 == 0o750
     space = os.statvfs(directory)
     assert space.f_blocks * space.f_frsize >= 10_000
@@ -319,7 +320,8 @@ AS_NOBODY = "import os,sys; os.setgid(65534); os.setuid(65534); print(len(open(s
 def test_other_users_are_held_to_the_modes(
     daemon: Start, bucket: Path, tmp_path: Path, settings: MountSettings, allowed: bool
 ) -> None:
-    """Let in only with allow_other, and then the kernel checks owner and modes."""
+    """Owner, group and modes are those of the mount (`--uid --gid --file-mode --dir-mode`), checked by the
+    kernel; other users are let in with allow_other only."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to become somebody else")
     (bucket / "f").write_bytes(b"12345")
