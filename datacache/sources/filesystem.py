@@ -56,7 +56,7 @@ _PAGE = 1000
 
 # What file systems call things. First come, first served.
 _ETAGS = ("ETag", "etag", "e_tag")
-_MARKS = ("generation", "version", "md5", "md5Hash", "content_md5", "sha", "sha256", "oid", "crc32c")
+_MARKS = ("generation", "version", "md5", "md5Hash", "content_md5", "sha", "sha256", "oid", "crc32c", "CRC")
 _TIMES = ("LastModified", "last_modified", "mtime", "modified", "updated", "timeModified", "created")
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _TRUTH = {"true": True, "false": False}
@@ -80,8 +80,9 @@ class FsspecSource:
     ) -> None:
         self._uri = _PASSWORD.sub(r"://\1@", uri if uri.endswith("://") else uri.rstrip("/"))
         self._settings = settings
-        self._fs = filesystem or _make(uri, dict(options or {}))
-        self._root = _path(self._fs, uri)
+        # A chained URI (`zip://in::s3://b/x.zip`) has its path in the first link; only `_make` can tell.
+        self._fs, path = (filesystem, uri) if filesystem else _make(uri, dict(options or {}))
+        self._root = _path(self._fs, path)
         self._conditional: bool = getattr(self._fs, "conditional", False)
         self._md5_etag: bool = getattr(self._fs, "md5_etag", False)
         self._calls = _Calls(THREADS)
@@ -372,22 +373,23 @@ def check_scheme(uri: str) -> None:
         raise SettingError("URI", redact(uri), f"a scheme that is known here; {scheme}:// is not") from error
 
 
-def _make(uri: str, options: dict[str, Any]) -> AbstractFileSystem:
+def _make(uri: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
+    """The file system of `uri`, and the path in it."""
     # Options of a mount point are text; "false" would count as true.
     options = {name: _TRUTH.get(value, value) for name, value in options.items()}
     try:
         if uri.startswith("oss://"):
-            fs = _oss_class()(**options, skip_instance_cache=True, use_listings_cache=False)
+            fs, path = _oss_class()(**options, skip_instance_cache=True, use_listings_cache=False), uri
         else:
-            fs, _ = url_to_fs(uri, **options, skip_instance_cache=True)
+            fs, path = url_to_fs(uri, **options, skip_instance_cache=True)
     except ImportError as error:
         raise SettingError("URI", redact(uri), f"a scheme whose package is installed ({error})") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the last where a URI needs another behind it
         raise SettingError("URI", redact(uri), f"what fsspec understands ({redact(str(error))})") from error
     # Not as an option: some constructors hand options they do not know to the network.
     if isinstance(cache := getattr(fs, "dircache", None), DirCache):
         cache.use_listings_cache = False
-    return fs
+    return fs, str(path)
 
 
 def _oss_class() -> type[AbstractFileSystem]:

@@ -101,6 +101,7 @@ _HOST = re.compile(r"^[A-Za-z0-9._-]+$|^[0-9A-Fa-f:.]+$")
 _IPV4 = re.compile(r"^\d+\.\d+\.\d+\.\d+$")
 _OSS_HOST = re.compile(r"^(?:s3\.)?(oss-([a-z0-9-]+?)(?:-internal)?\.aliyuncs\.com)$")
 _SECRET = re.compile(r"secret|password|passwd|token|access_?key|account_?key|sas_?key|^key$", re.IGNORECASE)
+_NO_SECRETS = ("", "anon", "browser", "cache", "cloud", "google_default", "true", "false")
 _BOOLEANS = {"true": True, "yes": True, "1": True, "on": True,
              "false": False, "no": False, "0": False, "off": False}  # fmt: skip
 
@@ -130,6 +131,7 @@ def _plan(mount: MountPoint, environment: Environment) -> Maker:
     scheme = _scheme(mount.uri)
     known = SCHEMES.get(scheme)
     if known is None:
+        _check_no_secrets(mount.options)
         return _fsspec(mount.uri, mount.options)
     _check_names(mount.options, known)
     given = _Options(mount.options)
@@ -164,6 +166,18 @@ def _check_names(options: Mapping[str, str], scheme: Scheme) -> None:
                 f"option {name}", "***", "secrets in the environment or in a file (option credentials)"
             )
         raise SettingError(f"option {name}", value, f"one of this scheme's options: {names}")
+
+
+def _check_no_secrets(options: Mapping[str, str]) -> None:
+    """Options show in arguments and in the status. What fsspec knows by names of our secrets may also be
+    a word (`token=anon`) or a file that holds the secret."""
+    for name, value in options.items():
+        if _SECRET.search(name) and value not in _NO_SECRETS and not os.path.isfile(value):
+            raise SettingError(
+                f"option {name}",
+                "***",
+                f"secrets in fsspec's own configuration, such as the variable FSSPEC_<SCHEME>_{name.upper()}",
+            )
 
 
 class _Options:

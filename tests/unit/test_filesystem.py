@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
 from hashlib import md5
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -418,12 +420,25 @@ def test_a_file_system_that_answers_text_is_wrong() -> None:
         ("nosuch://x", {}),
         ("github://x", {"nonsense": "1"}),
         ("memory://x", {"skip_instance_cache": "1"}),
+        ("dir://x", {}),
     ],
 )
 def test_what_fsspec_does_not_understand_is_a_wrong_setting(uri: str, options: dict[str, Any]) -> None:
     """A scheme without a file system and options that it refuses are the user's to change."""
     with pytest.raises(SettingError, match="URI: "):
         FsspecSource(uri, settings=QUICK, options=options)
+
+
+def test_a_chain_has_its_root_in_the_first_link(tmp_path: Path) -> None:
+    """An archive is a file system to fsspec, wherever it lies."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("in/d/a", "zipped")
+        archive.writestr("b", "not below the root")
+    uri = f"zip://in::file://{tmp_path}/x.zip"
+    with closing(CheckedSource(FsspecSource(uri, settings=SourceSettings()))) as source:
+        ((found,),) = (page.objects for page in source.list("", recursive=True))
+        assert (found.key, found.size) == ("d/a", 6)
+        assert source.read(found, ByteRange(1, 4)) == b"ipp"
 
 
 def test_a_scheme_is_known_before_anything_starts() -> None:

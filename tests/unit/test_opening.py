@@ -128,6 +128,16 @@ def test_secrets_are_no_options(name: str) -> None:
     assert "environment or in a file" in str(error)
 
 
+def test_secrets_are_no_options_of_fsspec_either(tmp_path: Path) -> None:
+    """They would show in the status; a word or the name of a file is no secret."""
+    error = refused("memory://x", password="hush")
+    assert "hush" not in str(error)
+    assert "FSSPEC_<SCHEME>_PASSWORD" in str(error)
+    (tmp_path / "token").touch()
+    for token in ("anon", str(tmp_path / "token")):
+        check_mount(MountPoint("memory://x", options={"token": token}), {})
+
+
 def test_a_secret_in_a_uri_is_not_shown() -> None:
     """What stands before an @ or after a ? may be a secret."""
     for uri in ("s3://AKIA:hush@bucket/x", "http://u:hush@h/x", "s3://bucket/x?sig=hush", "AKIA:hush"):
