@@ -90,7 +90,7 @@ PATIENCE = 5.0
 readers at once must not become many requests to STS."""
 _LONGEST_KEY = 1024
 CONNECTIONS = 64
-"""Connections kept to the store: the reader's default concurrency is 32, metadata comes beside it."""
+"""Connections kept to the store: the reader's default concurrency is 16, metadata comes beside it."""
 
 
 @dataclass(frozen=True)
