@@ -193,6 +193,16 @@ class DirectoryTier:
             self.trouble(store, error)
             return []
 
+    def retire(self, key: CacheKey) -> int:
+        """Drop the entry unless it is in use; the bytes that it held."""
+        store = self._store
+        if store is not None:
+            try:
+                return store.evict(bytes.fromhex(key.digest), idle=True)[0]
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
+        return 0
+
     @property
     def store(self) -> Store | None:
         """What is in the directory; None while the tier is set aside. For `verify`."""

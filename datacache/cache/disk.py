@@ -7,7 +7,10 @@ failing. Nothing here decides anything.
 
 import ctypes
 import errno
+import fcntl
 import os
+import signal
+from contextlib import suppress
 
 from datacache.cache.policy import Space
 from datacache.model import Buffer, ByteRange
@@ -89,6 +92,28 @@ class Disk:
         if _libc.syncfs(fd):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
+
+    def alone(self, fd: int) -> bool:
+        """Whether nobody else has the file open or mapped: no descriptor but this one, in no process, and
+        no passthrough open of the kernel, not even one whose server is dead.
+
+        Raises OSError where the file system cannot tell. Asks for a write lease, which is granted only
+        then, and gives it back at once; an open that comes in between waits for that instant.
+        """
+        # Such an open is announced to us by a signal. SIGIO, which would be it, ends a process that
+        # does not handle it; SIGURG is ignored by whoever has not asked for it.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except BlockingIOError:
+            return False
+        finally:
+            with suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        return True
+
+    def rename(self, name: str, new: str, *, at: int) -> None:
+        os.rename(name, new, src_dir_fd=at, dst_dir_fd=at)
 
     def unlink(self, name: str, *, at: int) -> None:
         os.unlink(name, dir_fd=at)

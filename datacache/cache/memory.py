@@ -171,6 +171,12 @@ class MemoryTier:
                 freed += copy.length
             return found
 
+    def retire(self, key: CacheKey) -> int:
+        """Drop the entry unless it is open; the bytes that it held."""
+        with self._lock:
+            copy = self._copies.get(key)
+            return self._drop(copy) if copy is not None and copy.length and not copy.opens else 0
+
     def spoil(self, key: CacheKey, span: ByteRange) -> None:
         """Damage bytes, as a failing medium would: the next read of them raises Damaged."""
         with self._lock:

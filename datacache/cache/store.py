@@ -9,6 +9,12 @@ A fill: claim the gaps (nobody else fills them), reserve the space (evicting if 
 bytes, record the blocks in one transaction, publish them to readers. Killed at any point, what is
 recorded is there; what was written and not recorded is found by the survey of the next start.
 
+A file that is whole may be lent to the kernel, which reads it without us, and goes on reading it when
+the loan is closed and when this process is dead. So nothing changes the bytes of a whole file, and
+none is given up, or its space counted as free, before the kernel says that nobody has it open
+(`Disk.alone`). A file that leaves the tier while somebody has moves to `gone/` until then, where the
+next store finds it, too.
+
 A read takes no lock while it reads. It asks whether the bytes are there, reads them, and asks
 whether anything was removed from the entry meanwhile (`Entry.removals`); if so, it starts again.
 """
@@ -26,6 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from uuid import uuid4
 
 from datacache.cache import catalogue as db
@@ -54,6 +61,13 @@ _SURVEY = 5000
 """Files looked at in one round of the survey, so that it never takes the processor for long."""
 _CHOICE = 4096
 """Entries looked at a data set in one choice of victims; bounds its memory and time (about 20 ms)."""
+_REFUSALS = 8
+"""Times that victims are chosen anew because somebody reads those that were chosen."""
+_LINGERING = 1000
+"""Files in `gone/` that one round of upkeep asks about; 15 us each."""
+_NO_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
+"""What file systems (NFS, CephFS) say that cannot tell who reads a file."""
+_GONE = "gone"
 _STRIPES = 64
 _FILE = re.compile(r"^([0-9a-f]{32})-([0-9a-f]{1,16})$")
 
@@ -176,8 +190,8 @@ class Store:
         self._evicting = threading.Lock()
         # Guards all below and the entries. `_changed` says that a claim has ended.
         # Invariants: `_used` = used bytes of all rows + reservations of fills under way + used bytes
-        # of entries that are gone but open; it never exceeds the quota because of a fill. `_entries`
-        # holds exactly the entries with users that are not gone.
+        # of entries that are gone but open + `_lingering`; it never exceeds the quota because of a fill.
+        # `_entries` holds exactly the entries with users that are not gone.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._entries: dict[bytes, Entry] = {}
@@ -188,6 +202,12 @@ class Store:
         self._writing = self._making = 0
         self._full = ""
         self._barren_until = -1e18
+        # Names and used bytes of files that left the tier while somebody read them; digests of entries
+        # that somebody was seen reading since the last round of upkeep.
+        self._lingering = self._find_lingering()
+        self._used += sum(self._lingering.values())
+        self._read_elsewhere: set[bytes] = set()
+        self._leases = True
         self._opened: dict[int, float] = {}
         self._verified: list[tuple[int, int]] = []
         self._unsynced: set[int] = set()
@@ -277,6 +297,7 @@ class Store:
         with self._lock:
             for entry in self._entries.values():
                 entry.handle = None
+            self._lingering.clear()
         with suppress(sqlite3.Error):
             self.catalogue.close()
         self._owned.close()
@@ -370,15 +391,128 @@ class Store:
                 return
             if entry.superseded or self.rules.policy is Policy.LRU:
                 self._barren_until = -1e18  # it may be evicted again
-            entry.handle = None
-            if entry.gone:
-                self._used -= entry.used
-                return
-            if self._entries.get(entry.digest) is entry:
+            handle = entry.handle if entry.gone else None
+            entry.handle = None  # closed before others can find the entry not in use, and ask who has it open
+            if not entry.gone and self._entries.get(entry.digest) is entry:
                 del self._entries[entry.digest]
-            emptied = entry.recorded and not entry.covered.length
-        if emptied and not self.dead:  # all of its blocks were damaged: it leaves no trace
+            emptied = entry.recorded and not entry.covered.length and not entry.gone
+        if self.dead:
+            return
+        if entry.gone:
+            self._part(entry, handle)
+        elif emptied:  # all of its blocks were damaged: it leaves no trace
             self.evict(entry.digest, idle=True)
+
+    def _part(self, entry: Entry, handle: Handle | None) -> None:
+        """The last user of an entry that is gone has left."""
+        name = _aside(db.file_name(entry.digest, entry.id))
+        free = handle is None or self._unread(handle)
+        with self._lock:
+            if free:
+                self._used -= entry.used
+            else:
+                self._lingering[name] = entry.used
+        if free:
+            with suppress(FileNotFoundError):
+                self._disk.unlink(name, at=self._at.fd)
+
+    # ---- who else reads a file ------------------------------------------------------------------
+
+    def _unread(self, handle: Handle, *, unknown: bool = True) -> bool:
+        """Whether nobody else has the file open; `unknown`, where the file system cannot tell."""
+        if self._leases:
+            try:
+                return self._disk.alone(handle.fd)
+            except OSError as error:
+                if error.errno not in _NO_LEASES:
+                    raise
+                self._leases = False
+                log.warning(
+                    "cache tier %s: its file system cannot tell who reads a file (%s): one that is dropped"
+                    " while it is mapped takes space that the quota does not count",
+                    self.rules.name,
+                    error.strerror,
+                )
+        return unknown
+
+    def _elsewhere(self, row: Row) -> bool:
+        """Whether somebody reads the file of an entry that is not open here."""
+        if row.present < row.key.size:
+            return False  # it was never lent
+        try:
+            handle = self._disk.open(row.name, os.O_RDONLY, at=self._at.fd)
+        except FileNotFoundError:
+            return False
+        if self._unread(handle):
+            return False
+        with self._lock:
+            self._read_elsewhere.add(row.digest)
+        return True
+
+    def _set_aside(self, name: str) -> None:
+        """Move a file that somebody reads to where it waits until nobody does."""
+        try:
+            self._disk.rename(name, _aside(name), at=self._at.fd)
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                os.mkdir(_GONE, 0o700, dir_fd=self._at.fd)
+            with suppress(FileNotFoundError):
+                self._disk.rename(name, _aside(name), at=self._at.fd)
+
+    def _clear_away(self, name: str) -> None:
+        """Remove a file that no entry has; its space counts as long as somebody reads it."""
+        try:
+            handle = self._disk.open(name, os.O_RDONLY, at=self._at.fd)
+        except FileNotFoundError:
+            return
+        if self._unread(handle):
+            with suppress(FileNotFoundError):
+                self._disk.unlink(name, at=self._at.fd)
+            return
+        taken = os.fstat(handle.fd).st_blocks * 512
+        self._set_aside(name)
+        with self._lock:
+            self._lingering[_aside(name)] = taken
+            self._used += taken
+
+    def _find_lingering(self) -> dict[str, int]:
+        """What an earlier store left in `gone/`."""
+        try:
+            handle = Handle(os.open(_GONE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._at.fd))
+        except FileNotFoundError:
+            return {}
+        found = {}
+        with os.scandir(handle.fd) as entries:
+            for entry in entries:
+                found[f"{_GONE}/{entry.name}"] = entry.stat().st_blocks * 512
+        return found
+
+    def _look_after(self) -> None:
+        """Give back the space of files that nobody reads any more."""
+        with self._lock:
+            names = list(islice(self._lingering, _LINGERING))
+        for name in names:
+            self._look_at(name)
+
+    def _look_at(self, name: str) -> None:
+        try:
+            handle = self._disk.open(name, os.O_RDONLY, at=self._at.fd)
+        except FileNotFoundError:
+            free = True
+        else:
+            free = self._unread(handle)
+        if free:
+            with suppress(FileNotFoundError):
+                self._disk.unlink(name, at=self._at.fd)
+        with self._lock:
+            used = self._lingering.pop(name, None)
+            if used is None:
+                return  # somebody else was faster
+            if free:
+                self._used -= used
+                self._full, self._barren_until = "", -1e18
+            else:
+                self._lingering[name] = used  # at the end: its next turn comes after the others'
 
     def check_place(self) -> None:
         """Raise FileNotFoundError when the directory was deleted underneath us."""
@@ -494,8 +628,13 @@ class Store:
                     self._unsynced.add(entry.id)
 
     def _discard(self, entry: Entry, handle: Handle, bad: list[Block], seen: int) -> int:
-        """Make gaps of blocks that are bad, unless something was removed since `seen`; how many."""
+        """Make gaps of blocks that are bad, unless something was removed since `seen`; how many.
+
+        A file that somebody may read without us keeps its bytes, for he would see zeros: the entry is
+        dropped. Only a file that is whole was ever lent; under the stripe none is lent anew.
+        """
         with self._stripe(entry.digest):
+            in_place = not entry.whole or self._unread(handle, unknown=False)
             with self._lock:
                 if entry.removals != seen:
                     return 0
@@ -509,20 +648,34 @@ class Store:
                 self._damaged += len(bad)
             used = sum(pages(b.start, b.stop) for b in bad)
             try:
-                if not entry.gone:
+                if not in_place:
+                    self._drop_damaged(entry)
+                elif not entry.gone:
                     self.catalogue.remove_blocks(
                         entry.id, bad, used=used, present=sum(b.span.length for b in bad)
                     )
-                for block in bad:
+                for block in bad if in_place else ():
                     self._disk.punch(handle.fd, block.span)
             finally:
                 with self._lock:
-                    entry.used -= used
-                    self._used -= used
+                    if in_place:
+                        entry.used -= used
+                        self._used -= used
                     for block in bad:
                         entry.filling.remove(block.span)
                     self._changed.notify_all()
         return len(bad)
+
+    def _drop_damaged(self, entry: Entry) -> None:
+        row = self.catalogue.get(entry.id)
+        if row is not None and not entry.gone and self.catalogue.remove(row.id):
+            log.warning(
+                "%r in %s is damaged, and its file may be open elsewhere: it is dropped and fetched anew, but"
+                " who has it open reads damaged bytes",
+                entry.key.key,
+                self.rules.name,
+            )
+            self._take_out(row, read=True)
 
     # ---- filling --------------------------------------------------------------------------------
 
@@ -703,8 +856,16 @@ class Store:
 
     def _evict(self, over_by: int, policy: Policy) -> int:
         """Give up entries by policy; the bytes that this freed. Under `_evicting`."""
-        chosen = self.choose(over_by, policy)
-        return sum(self.evict(digest, idle=True)[1] for digest in chosen)
+        freed = 0
+        for _ in range(_REFUSALS):
+            with self._lock:
+                refused = len(self._read_elsewhere)
+            for digest in self.choose(over_by - freed, policy):
+                freed += self.evict(digest, idle=True)[1]
+            with self._lock:
+                if freed >= over_by or len(self._read_elsewhere) <= refused:
+                    break
+        return freed
 
     def choose(self, over_by: int, policy: Policy) -> list[bytes]:
         """Digests of entries that should go to free `over_by` bytes; not all of them where it takes
@@ -716,7 +877,8 @@ class Store:
         while True:
             groups = self.catalogue.candidates(limit)
             with self._lock:
-                groups = [[c._replace(in_use=c.digest in self._entries) for c in g] for g in groups]
+                in_use = self._read_elsewhere.union(self._entries)
+            groups = [[c._replace(in_use=c.digest in in_use) for c in g] for g in groups]
             chosen = victims((c for group in groups for c in group), stance, over_by=over_by)
             # In a group what comes later is no more eligible than what came before.
             more = any(
@@ -729,33 +891,54 @@ class Store:
 
     def coldest(self, over_by: int) -> list[CacheKey]:
         """Keys of the entries that would go if this tier evicted by last open."""
-        found = (self.catalogue.find(digest) for digest in self.choose(over_by, Policy.LRU))
-        return [row.key for row in found if row is not None]
+        for _ in range(_REFUSALS):
+            found = [self.catalogue.find(digest) for digest in self.choose(over_by, Policy.LRU)]
+            rows = [row for row in found if row is not None]
+            idle = [row for row in rows if not self._elsewhere(row)]
+            if len(idle) == len(rows):
+                break
+        return [row.key for row in idle]
 
     def evict(self, digest: bytes, *, idle: bool = False) -> tuple[int, int]:
-        """Drop an entry (`idle`: unless it is in use); the bytes that it held, and those that it used."""
+        """Drop an entry (`idle`: unless it is in use, here or elsewhere); the bytes that it held, and those
+        that it used."""
         with self._stripe(digest):
             with self._lock:
                 entry = self._entries.get(digest)
                 if entry is not None and (idle or not entry.recorded):
                     return 0, 0
             row = self.catalogue.find(digest)
-            if row is None or not self.catalogue.remove(row.id):
+            if row is None:
                 return 0, 0
-            with self._lock:
-                self._count -= 1
-                self._evicted += 1
-                self._full = ""
-                self._opened.pop(row.id, None)
-                self._unsynced.discard(row.id)
-                entry = self._entries.pop(digest, None)
-                if entry is None:
-                    self._used -= row.used
-                else:
-                    entry.gone = True  # the last user gives its space back
+            read = entry is not None or self._elsewhere(row)
+            if (read and idle) or not self.catalogue.remove(row.id):
+                return 0, 0
+            self._take_out(row, read=read)
+            return row.present, row.used
+
+    def _take_out(self, row: Row, *, read: bool) -> None:
+        """The file and the space of an entry that has no row any more; under its stripe. `read`: somebody
+        has the file open."""
+        if read:
+            self._set_aside(row.name)  # first: what is in `_lingering` is looked for in its place
+        with self._lock:
+            self._count -= 1
+            self._evicted += 1
+            self._full = ""
+            self._opened.pop(row.id, None)
+            self._unsynced.discard(row.id)
+            entry = self._entries.pop(row.digest, None)
+            if entry is not None:
+                entry.gone = True  # the last user gives its space back
+            elif read:
+                self._lingering[_aside(row.name)] = row.used
+            else:
+                self._used -= row.used
+        if not read:
             with suppress(FileNotFoundError):
                 self._disk.unlink(row.name, at=self._at.fd)
-            return row.present, row.used
+        elif entry is None:
+            self._look_at(_aside(row.name))  # perhaps it was one of our own users, who has left since
 
     # ---- upkeep ---------------------------------------------------------------------------------
 
@@ -806,6 +989,11 @@ class Store:
         """What needs doing now and then; one caller at a time."""
         self.check_place()
         self.flush()
+        with self._evicting, self._lock:
+            if self._read_elsewhere:  # perhaps no longer
+                self._read_elsewhere.clear()
+                self._barren_until = -1e18
+        self._look_after()
         with self._lock:
             used, rules = self._used, self.rules
         over = excess(used=used, quota=rules.quota, high=rules.high, low=rules.low, policy=rules.policy)
@@ -842,6 +1030,10 @@ class Store:
         and not recorded, and remember what is to be synced. Yields the number of files seen."""
         for name in os.listdir(self._at.fd):
             if name.startswith("trash-"):
+                for folder, _, files, _ in os.fwalk(name, dir_fd=self._at.fd):
+                    for file in files:
+                        self._clear_away(f"{folder}/{file}")
+                        yield 1
                 shutil.rmtree(name, dir_fd=self._at.fd, ignore_errors=True)
                 yield 1
         for low in range(256):
@@ -869,8 +1061,7 @@ class Store:
                     continue  # ours, on its way into the catalogue or out of it
                 orphans.append(path)
                 if repair:
-                    with suppress(FileNotFoundError):
-                        self._disk.unlink(path, at=self._at.fd)
+                    self._clear_away(path)
             elif repair:
                 self._tidy(row)
         lost = [row for row in rows.values() if self._confirm_lost(row, repair=repair)]
@@ -991,6 +1182,10 @@ class Store:
                             self._used += used - row.used
                             entry.used += used - row.used
                         found.repaired += 1
+
+
+def _aside(name: str) -> str:
+    return f"{_GONE}/{os.path.basename(name)}"
 
 
 def _private(path: str, flags: int) -> int:

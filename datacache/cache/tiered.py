@@ -42,7 +42,10 @@ class Leaf(Tier, Protocol):
         """Which bytes of `key` are present, without opening it."""
 
     def coldest(self, over_by: int) -> list[CacheKey]:
-        """Entries, coldest first, that free `over_by` bytes when they go."""
+        """Entries, coldest first, that free `over_by` bytes when they go; none that is in use."""
+
+    def retire(self, key: CacheKey) -> int:
+        """Drop the entry unless it is in use; the bytes that it held."""
 
 
 class TieredCache:
@@ -166,7 +169,7 @@ class TieredCache:
         finally:
             source.close()
             below.close()
-        return tier.evict(key)
+        return tier.retire(key)
 
     def open_below(self, key: CacheKey, first: int) -> CachedFile:
         """The entry in the tiers from `first` down."""

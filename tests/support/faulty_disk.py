@@ -70,6 +70,14 @@ class FaultyDisk(Disk):
         self._check("sync")
         self.rounds += 1
 
+    def alone(self, fd: int) -> bool:
+        self._check("lease")
+        return super().alone(fd)
+
+    def rename(self, name: str, new: str, *, at: int) -> None:
+        self._check("unlink")
+        super().rename(name, new, at=at)
+
     def unlink(self, name: str, *, at: int) -> None:
         self._check("unlink")
         super().unlink(name, at=at)
