@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from datacache.cache.policy import Candidate
+from datacache.cache.tier import Standing
 from datacache.model import Buffer, ByteRange, CacheKey
 
 FORMAT = 1
@@ -330,6 +331,15 @@ class Catalogue:
                 "UPDATE entries SET pinned = coalesce(?, pinned), superseded = coalesce(?, superseded)"
                 " WHERE id = ?",
                 (pinned, superseded, entry),
+            )
+
+    def adopt(self, entry: int, standing: Standing) -> None:
+        """Let an entry stand as it stood in another tier."""
+        with self._change() as db:
+            db.execute(
+                "UPDATE entries SET last_open = ?, pinned = pinned OR ?, superseded = superseded OR ?"
+                " WHERE id = ?",
+                (standing.last_open, standing.pinned, standing.superseded, entry),
             )
 
     def next_epoch(self) -> int:

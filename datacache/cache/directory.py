@@ -19,7 +19,7 @@ from pathlib import Path
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, read_owner
 from datacache.cache.store import Entry, Rules, Store
-from datacache.cache.tier import EntryStats, TierStats
+from datacache.cache.tier import EntryStats, Standing, TierStats
 from datacache.clock import Clock
 from datacache.errors import CacheError, Damaged, TierBroken, TierFull
 from datacache.model import Buffer, ByteRange, CacheKey, format_size
@@ -202,6 +202,25 @@ class DirectoryTier:
             except (OSError, sqlite3.Error) as error:
                 self.trouble(store, error)
         return 0
+
+    def standing(self, key: CacheKey) -> Standing | None:
+        """What decides when the entry goes; None where there is none."""
+        store = self._store
+        if store is not None:
+            try:
+                return store.standing(bytes.fromhex(key.digest))
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
+        return None
+
+    def adopt(self, key: CacheKey, standing: Standing) -> None:
+        """Let the entry stand as it stood in another tier."""
+        store = self._store
+        if store is not None:
+            try:
+                store.adopt(bytes.fromhex(key.digest), standing)
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
 
     @property
     def store(self) -> Store | None:

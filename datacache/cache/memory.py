@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 
 from datacache.cache.disk import Handle
-from datacache.cache.tier import CachedFile, EntryStats, Lent, TierStats
+from datacache.cache.tier import CachedFile, EntryStats, Lent, Standing, TierStats
 from datacache.errors import Damaged, TierBroken, TierFull
 from datacache.model import Buffer, ByteRange, CacheKey, Coverage
 
@@ -176,6 +176,21 @@ class MemoryTier:
         with self._lock:
             copy = self._copies.get(key)
             return self._drop(copy) if copy is not None and copy.length and not copy.opens else 0
+
+    def standing(self, key: CacheKey) -> Standing | None:
+        """What decides when the entry goes; None where there is none."""
+        with self._lock:
+            copy = self._copies.get(key)
+            return Standing(copy.last_open, copy.pinned, copy.superseded) if copy is not None else None
+
+    def adopt(self, key: CacheKey, standing: Standing) -> None:
+        """Let the entry stand as it stood elsewhere."""
+        with self._lock:
+            copy = self._copies.get(key)
+            if copy is not None:
+                copy.last_open = standing.last_open
+                copy.pinned |= standing.pinned
+                copy.superseded |= standing.superseded
 
     def spoil(self, key: CacheKey, span: ByteRange) -> None:
         """Damage bytes, as a failing medium would: the next read of them raises Damaged."""

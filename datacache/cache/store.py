@@ -40,6 +40,7 @@ from datacache.cache.catalogue import Block, Catalogue, Row, checksum
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, take_lock
 from datacache.cache.policy import Shortage, Stance, excess, pages, rank, shortage, victims
+from datacache.cache.tier import Standing
 from datacache.clock import Clock
 from datacache.config.settings import Policy
 from datacache.errors import Damaged, TierFull
@@ -539,6 +540,26 @@ class Store:
             row = self.catalogue.find(digest)
             if row is not None:
                 self.catalogue.mark(row.id, pinned=pinned, superseded=superseded)
+
+    def standing(self, digest: bytes) -> Standing | None:
+        """What decides when an entry goes; None where there is none."""
+        self.flush()
+        row = self.catalogue.find(digest)
+        return Standing(row.last_open, row.pinned, row.superseded) if row is not None else None
+
+    def adopt(self, digest: bytes, standing: Standing) -> None:
+        """Let an entry stand as it stood in another tier, whatever opens it took to bring it here."""
+        with self._stripe(digest):
+            row = self.catalogue.find(digest)
+            if row is None:
+                return
+            with self._lock:
+                self._opened.pop(row.id, None)
+                entry = self._entries.get(digest)
+                if entry is not None:
+                    entry.pinned |= standing.pinned
+                    entry.superseded |= standing.superseded
+            self.catalogue.adopt(row.id, standing)
 
     def figures(self) -> tuple[int, int, str, int, int]:
         """Bytes used, entries, why it is full, entries evicted and blocks found damaged."""

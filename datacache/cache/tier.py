@@ -51,6 +51,16 @@ class EntryStats:
         return self.present >= self.key.size
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What decides when an entry goes. It goes with the entry from tier to tier."""
+
+    last_open: float
+    """Wall time."""
+    pinned: bool
+    superseded: bool
+
+
 class CachedFile(Protocol):
     """One open cache entry. Thread-safe; while it is open its bytes stay readable, evicted or not."""
 

@@ -13,12 +13,13 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from datacache.cache import limits
 from datacache.cache.directory import DirectoryTier, Owner, Rules
 from datacache.cache.policy import pages
-from datacache.cache.tier import CachedFile, EntryStats, Lent, Tier, TierStats
+from datacache.cache.tier import CachedFile, EntryStats, Lent, Standing, Tier, TierStats
 from datacache.cache.verify import Progress, VerifyReport, verify_tier
 from datacache.clock import Clock
 from datacache.config.settings import CacheSettings, Placement, Policy, TierSettings
@@ -46,6 +47,12 @@ class Leaf(Tier, Protocol):
 
     def retire(self, key: CacheKey) -> int:
         """Drop the entry unless it is in use; the bytes that it held."""
+
+    def standing(self, key: CacheKey) -> Standing | None:
+        """What decides when the entry goes; None where there is none."""
+
+    def adopt(self, key: CacheKey, standing: Standing) -> None:
+        """Let the entry stand as it stood in another tier, whatever opens it took to bring it here."""
 
 
 class TieredCache:
@@ -154,6 +161,7 @@ class TieredCache:
         """Copy one entry to the tiers below `upper`, then drop it there; the bytes that moved. When
         the tiers below have no room it stays."""
         tier = self.tiers[upper]
+        before = tier.standing(key)
         source, below = tier.open(key), self.open_below(key, upper + 1)
         try:
             tier.recheck(key)  # what is damaged must not be given a new checksum
@@ -169,7 +177,15 @@ class TieredCache:
         finally:
             source.close()
             below.close()
+            self._settle(key, upper, before)
         return tier.retire(key)
+
+    def _settle(self, key: CacheKey, upper: int, before: Standing | None) -> None:
+        """To move an entry is not to open it. What was said of it meanwhile holds below, too."""
+        now = self.tiers[upper].standing(key)
+        if before is not None and now is not None:
+            for tier in self.tiers[upper:]:
+                tier.adopt(key, replace(now, last_open=before.last_open))
 
     def open_below(self, key: CacheKey, first: int) -> CachedFile:
         """The entry in the tiers from `first` down."""

@@ -14,7 +14,7 @@ from datacache.cache.tiered import TieredCache, open_cache
 from datacache.clock import VirtualClock
 from datacache.config.settings import CacheSettings, Placement, Policy, TierSettings
 from datacache.errors import Damaged, Locked, SettingError, TierBroken, TierFull
-from datacache.model import ByteRange, KiB, Medium, MiB
+from datacache.model import ByteRange, CacheKey, KiB, Medium, MiB
 from tests.conftest import AnnouncedLogs
 from tests.contract.tier_suite import content, key, put, whole
 
@@ -74,6 +74,56 @@ def test_sink_the_coldest_goes_down(clock: VirtualClock) -> None:
         file = cache.open(each)
         assert bytes(file.read(whole(each))) == content(each)
         file.close()
+
+
+def test_what_sinks_keeps_its_standing(tmp_path: Path, clock: VirtualClock) -> None:
+    """To be moved is not to be opened: below, what was opened longest ago still goes first; and what
+    found no room below is still the coldest above."""
+
+    def tier(name: str, quota: int, policy: Policy) -> DirectoryTier:
+        rules = Rules(name, quota, BLOCK, high=1.0, reserve=0.0, dataset="mine", policy=policy)
+        return DirectoryTier(str(tmp_path / name), rules, owner=OWNER, clock=clock, keeper=False)
+
+    top, bottom = tier("mem", 2 * BLOCK, Policy.KEEP), tier("ssd", 2 * BLOCK, Policy.LRU)
+    cache = TieredCache([top, bottom], placement=Placement.SINK)
+    early, later, *more = [key(f"k{i}", BLOCK) for i in range(5)]
+    put(cache, early)
+    clock.advance(1)
+    put(bottom, later)
+    for each in more[:2]:  # the second sends `early` down
+        clock.advance(1)
+        put(cache, each)
+    assert bottom.present(early) and bottom.present(later)
+    clock.advance(1)
+    bottom.pin(later, True)
+    bottom.pin(early, True)
+    with pytest.raises(TierFull):
+        put(cache, more[2])
+    bottom.pin(later, False)
+    bottom.pin(early, False)
+    put(cache, more[2])
+    assert [k.key for k in (early, later, *more) if bottom.present(k)] == ["k1", "k2"]
+    cache.close()
+
+
+def test_what_is_pinned_on_its_way_down_is_pinned_below(clock: VirtualClock) -> None:
+    """A pin, or another version in the store, that comes while an entry is moved is not lost."""
+    cache = two(BLOCK, 64 * BLOCK, clock, Placement.SINK)
+    top, bottom = cache.tiers
+    a = key("a", BLOCK)
+    put(cache, a)
+    recheck = top.recheck
+
+    def meanwhile(of: CacheKey) -> int:
+        cache.pin(a, True)
+        cache.supersede(a)
+        return recheck(of)
+
+    top.recheck = meanwhile  # type: ignore[method-assign]
+    put(cache, key("b", BLOCK))
+    assert not top.present(a) and bottom.present(a)
+    standing = bottom.standing(a)
+    assert standing is not None and standing.pinned and standing.superseded
 
 
 def test_sink_with_a_full_bottom_admits_no_more(clock: VirtualClock) -> None:
