@@ -11,6 +11,7 @@ import itertools
 import logging
 import re
 import threading
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -25,6 +26,7 @@ from datacache.errors import (
     SettingError,
     TierBroken,
     TierFull,
+    VersionChanged,
 )
 from datacache.index.index import Index
 from datacache.model import Entry, Kind
@@ -170,6 +172,9 @@ class _Job:
         self._bytes_fetched = self._files_failed = self._verified_bad = 0
         self._failures: list[tuple[str, str]] = []
         self._was_full = False
+        self._done = array("q")  # the numbers of `files_done`: eight bytes a file
+        self._confirmed = False
+        self._evicted = self._evictions()
 
     def __repr__(self) -> str:
         return f"<_Job {self._id} {self._state}, {self._files_done} of {self._files} files>"
@@ -216,6 +221,23 @@ class _Job:
 
     def _run(self, target: Callable[[], None]) -> None:
         """One thread. The last one out ends the job."""
+        self._guarded(target)
+        with self._changed:
+            self._working -= 1
+            if self._working:
+                return
+            self._line.clear()
+        self._guarded(self._confirm)
+        with self._changed:
+            complete = (
+                self._confirmed and self._listed and self._files_done + self._files_failed >= self._files
+            )
+            failed = self._files_failed > 0
+            self._state = ("failed" if failed else "done") if complete else "cancelled"
+            self._seconds = self._clock.monotonic() - self._begun
+        self.ended.set()
+
+    def _guarded(self, target: Callable[[], None]) -> None:
         try:
             target()
         except _Cancelled:
@@ -224,16 +246,29 @@ class _Job:
             logger.exception("%s: a thread failed in a way that nobody foresaw", self._id)
             self._fail("", error)
             self.cancel()
-        with self._changed:
-            self._working -= 1
-            if self._working:
-                return
-            self._line.clear()
-            complete = self._listed and self._files_done + self._files_failed >= self._files
-            failed = self._files_failed > 0
-            self._state = ("failed" if failed else "done") if complete else "cancelled"
-            self._seconds = self._clock.monotonic() - self._begun
-        self.ended.set()
+
+    def _confirm(self) -> None:
+        """A tier that evicts makes room for the last files with the first ones: to say that all of them
+        are cached would be a lie. Looked at only where something was evicted since the job began."""
+        if self._request.order or self._evictions() == self._evicted:
+            self._confirmed = True
+            return
+        for ino in self._done:
+            self._check()
+            try:
+                entry = self._index.entry(ino)
+            except DatacacheError:
+                continue  # it is gone since; it was cached
+            missing = entry.size - self._store.present(self._reader.cache_key(entry)) if entry.size else 0
+            if missing > 0:
+                with self._changed:
+                    self._files_done -= 1
+                    self._bytes_done -= missing
+                self._fail(self._name(entry), TierFull("evicted again: the tiers have no room for all of it"))
+        self._confirmed = True
+
+    def _evictions(self) -> int:
+        return sum(tier.evicted for tier in self._store.stats())
 
     def _list(self) -> None:
         try:
@@ -269,7 +304,7 @@ class _Job:
                 self._fail(f"(number {item})", error)
                 continue
             try:
-                self._load(entry)
+                self._load_current(entry)
             except DatacacheError as error:
                 self._check()  # a reader that is closing fails what is under way: that is a cancel
                 if isinstance(error, TierFull | TierBroken):
@@ -295,19 +330,43 @@ class _Job:
 
     # One file.
 
+    def _load_current(self, entry: Entry) -> None:
+        """Load `entry`, or what the bucket has in its place by now: a long job outlives its listing."""
+        try:
+            self._load(entry)
+        except VersionChanged:
+            now = self._index.current(entry.ino)
+            if now.version == entry.version:
+                raise  # a snapshot, or not known yet
+            with self._changed:
+                self._bytes += now.size - entry.size
+            self._load(now)
+
     def _load(self, entry: Entry) -> None:
         key = self._reader.cache_key(entry)
         bad = 0
         if self._request.verify and entry.size:
             bad = self._store.recheck(key)
         before = self._store.present(key) if entry.size else 0
-        fetched = 0
+        fetched = counted = 0
+
+        def count(length: int) -> None:
+            nonlocal counted
+            counted += length
+            self._count(length)
+
         if before < entry.size:
             if self._was_full:
                 self._refuse_without_room()
-            fetched = self._reader.fetch(entry, tier=self._tier, pace=self._before, on_bytes=self._count)
+            try:
+                fetched = self._reader.fetch(entry, tier=self._tier, pace=self._before, on_bytes=count)
+            except VersionChanged:
+                with self._changed:
+                    self._bytes_done -= counted  # of a version that nobody will ask for
+                raise
         with self._changed:
             self._files_done += 1
+            self._done.append(entry.ino)
             self._files_skipped += before >= entry.size
             self._bytes_done += entry.size - fetched
             self._verified_bad += bad

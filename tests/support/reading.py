@@ -90,6 +90,11 @@ class ListedIndex:
             if not base or name == base or name.startswith(base + "/"):
                 yield "/" + name, entry
 
+    def put(self, info: ObjectInfo) -> None:
+        """The object has another version now."""
+        known = self._paths[info.key]
+        self._paths[info.key] = entry_of(info, ino=known.ino, parent=known.parent)
+
     def forget(self, path: str) -> None:
         """The path is gone."""
         del self._inos[self._paths.pop(path).ino]

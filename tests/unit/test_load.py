@@ -1,19 +1,23 @@
 """Load jobs: what they select, skip, count, limit, survive and report."""
 
 import dataclasses
+import os
 import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from datacache.cache.directory import DirectoryTier, Owner, Rules
 from datacache.cache.memory import MemoryTier
 from datacache.cache.tier import Tier, TierStats
+from datacache.cache.tiered import TieredCache
 from datacache.clock import VirtualClock
-from datacache.config.settings import ReadingSettings
+from datacache.config.settings import Policy, ReadingSettings
 from datacache.errors import ControlError, Denied, SettingError, Unavailable
-from datacache.model import ByteRange, KiB, MiB
+from datacache.model import ByteRange, Entry, KiB, MiB
 from datacache.reading import load
 from datacache.reading.job import LoadRequest, LoadStatus
 from datacache.reading.load import Loads, Pace, matcher
@@ -42,7 +46,7 @@ class Cache(MemoryTier):
 class Site:
     source: MemorySource
     index: ListedIndex
-    cache: Cache
+    cache: Cache | TieredCache
     reader: Reader
     loads: Loads
     clock: VirtualClock
@@ -64,7 +68,7 @@ class Site:
 
 
 @contextmanager
-def site(objects: dict[str, bytes], cache: Cache | None = None) -> Iterator[Site]:
+def site(objects: dict[str, bytes], cache: Cache | TieredCache | None = None) -> Iterator[Site]:
     source, clock = MemorySource(objects=objects), VirtualClock()
     index, cache = ListedIndex(source), cache or Cache()
     reader = Reader([source], cache, SETTINGS, clock=clock)
@@ -246,7 +250,7 @@ def test_room_that_comes_back_is_used() -> None:
 
         def stats(self) -> tuple[TierStats, ...]:
             self.asked += 1
-            if self.asked == 2:
+            if self.asked == 3:  # the first time was when the job began
                 self.quota, self._full = 10_000, ""
             return super().stats()
 
@@ -254,6 +258,51 @@ def test_room_that_comes_back_is_used() -> None:
         status = at.run(concurrency=1)
         assert at.source.requests["read"] == 5, "one found no room, one was not tried"
     assert (status.files_done, status.files_failed) == (4, 2)
+
+
+def test_what_was_evicted_again_is_not_called_cached(tmp_path: Path) -> None:
+    """A tier that evicts by last open takes the last files in place of the first: the job says so."""
+    clock = VirtualClock()
+    rules = Rules("ssd:x", 40_960, 4096, reserve=0.0, dataset="mine", policy=Policy.LRU)
+    owner = Owner(os.getpid(), "", "")
+    cache = TieredCache([DirectoryTier(str(tmp_path), rules, owner=owner, clock=clock, keeper=False)])
+    with site({f"{n:02}": bytes(4096) for n in range(14)}, cache) as at:
+        status = at.run()
+        assert len(at.whole) == 10
+        assert (status.state, status.files_done, status.files_failed) == ("failed", 10, 4)
+        assert (status.bytes_done, status.bytes_fetched) == (10 * 4096, 14 * 4096)
+        assert {path.strip("/") for path, _ in status.failures} == set(at.index.files) - at.whole
+        assert "no room for all of it" in status.failures[0][1]
+        at.cache.evict(at.reader.cache_key(at.index.resolve(min(at.whole))))
+        again = at.run(files=tuple(at.whole))
+        assert again.state == "done", "what others evicted before it began is no business of a job"
+    cache.close()
+
+
+def test_an_object_that_changes_while_it_is_loaded_is_loaded_as_it_is_now() -> None:
+    """The listing of a long job is old: one more look tells what there is now. Where it tells nothing
+    new, the file has failed."""
+    with site({"a": b"old" * 3_000_000, "b": b"b", "c": b"c"}) as at:
+        current = at.index.current
+
+        def renew(ino: int) -> Entry:
+            if at.index.path(ino) == "/a":
+                at.index.put(at.source.stat("a"))
+            return current(ino)
+
+        def change(key: str, span: ByteRange) -> None:
+            if key == "c" or (key == "a" and span.start):
+                at.source.on_read = None
+                at.source.put(key, b"newer" * 10)
+
+        at.index.current = renew  # type: ignore[method-assign]
+        at.source.on_read = change
+        status = at.run(files=("a", "b"))
+        assert at.whole == {"a", "b"}
+        assert (status.state, status.bytes, status.bytes_done, status.files) == ("done", 51, 51, 2)
+        at.source.on_read = change
+        status = at.run(files=("c",))
+        assert (status.state, status.files_failed, status.bytes_done) == ("failed", 1, 0)
 
 
 def test_the_bandwidth_holds() -> None:
