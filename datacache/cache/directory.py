@@ -362,6 +362,11 @@ class DirectoryFile:
         held = self.held
         return self._tier.attach(self) if held is None or held[0].dead else held
 
+    @property
+    def evicted(self) -> bool:
+        held = self.held
+        return held is not None and not held[0].dead and held[1].gone
+
     def gaps(self, span: ByteRange) -> list[ByteRange]:
         held = self._alive()
         if held is None:

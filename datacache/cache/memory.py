@@ -295,6 +295,10 @@ class _MemoryFile:
     def __repr__(self) -> str:
         return f"<_MemoryFile {self._copy.key.key!r} {self._copy.covered!r}>"
 
+    @property
+    def evicted(self) -> bool:
+        return self._copy.gone
+
     def gaps(self, span: ByteRange) -> list[ByteRange]:
         return self._tier._gaps(self._copy, span)
 

@@ -64,6 +64,11 @@ class Standing:
 class CachedFile(Protocol):
     """One open cache entry. Thread-safe; while it is open its bytes stay readable, evicted or not."""
 
+    @property
+    def evicted(self) -> bool:
+        """Whether the entry was dropped since it was opened: it takes nothing more, and another open
+        does not find it."""
+
     def gaps(self, span: ByteRange) -> list[ByteRange]:
         """The parts of `span` that are not present, in order. Empty: `read` will do."""
 

@@ -235,6 +235,10 @@ class _TieredFile:
     def __repr__(self) -> str:
         return f"<_TieredFile {self._key.key!r} {list(self._parts)!r}>"
 
+    @property
+    def evicted(self) -> bool:
+        return any(part.evicted for part in self._parts)
+
     def gaps(self, span: ByteRange) -> list[ByteRange]:
         gaps = [span] if span.start < span.stop else []
         for part in self._parts:

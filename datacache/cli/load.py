@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,7 +39,8 @@ examples:
   datacache load /mnt/train --order epoch1.txt      fetch ahead of who reads in this order
   datacache load /mnt/train --resume                go on where Ctrl-C or a failure ended it
 
-exit codes: 0 all of it is cached; 1 some files failed; 2 wrong input; 130 interrupted.
+exit codes: 0 all of it is cached; 1 some files failed, or no file matches --path; 2 wrong input;
+130 interrupted.
 """
 
 
@@ -80,16 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load. 0 when all is cached, 1 when some files failed."""
+    """Load. 0 when all is cached, 1 when some files failed or there were none to match."""
     name = args.target or vars(args).get("config", "")
     if not name:
         raise SettingError("TARGET", "", "a mount directory, a mounted data set or a URI")
     memory = Memory(name)
     request = _request(args)
     if args.resume:
-        if request != LoadRequest():
+        before = memory.recall()
+        if request not in (LoadRequest(), before):
             raise SettingError("--resume", "a selection", "--resume alone: it repeats what was asked before")
-        request = memory.recall()
+        request = before
     with _worker(args) as (control, below):
         job = control.load(_below(request, below, args.target))
         memory.keep(request)
@@ -100,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             status = follow(control, job, quiet=True)  # bounded by the fetches under way
             print(
                 f"datacache: interrupted after {line(status)}; what is cached stays; "
-                f"`datacache load {name} --resume` goes on",
+                f"`{_again(args)}` goes on",
                 file=sys.stderr,
             )
             raise
@@ -109,8 +112,20 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _report_json(name, status)
     else:
-        _report(name, request, status)
+        _report(name, request, status, again=_again(args))
+    if request.globs and status.state == "done" and not status.files:
+        print(f"datacache: no file matches --path {' '.join(map(printable, request.globs))}", file=sys.stderr)
+        return 1
     return 0 if status.state == "done" else 1
+
+
+def _again(args: argparse.Namespace) -> str:
+    """What to type to go on: the same cache and store, and --resume for the rest."""
+    words = ["datacache", "load", *filter(None, [args.target])]
+    for name, value in flags.setting_flags(args).items():
+        for each in value if isinstance(value, list) else [value]:
+            words += [f"--{name}"] if each is True else [f"--{name}", str(each)]
+    return shlex.join([*words, "--resume"])
 
 
 class Memory:
@@ -165,6 +180,13 @@ def _request(args: argparse.Namespace) -> LoadRequest:
             if args.path:
                 raise SettingError("--path", args.path[0], f"either --path or {flag}")
             files = _read_list(flag, file)
+    if args.order is not None:
+        for flag in ("tier", "bandwidth", "objects", "verify"):
+            if getattr(args, flag):
+                named = "--concurrency" if flag == "objects" else f"--{flag}"
+                raise SettingError(
+                    named, getattr(args, flag), "either it or --order, which loads nothing itself"
+                )
     return LoadRequest(
         globs=tuple(args.path),
         files=files,
@@ -233,7 +255,7 @@ def _report_json(name: str, status: LoadStatus) -> None:
     print(as_json(result))
 
 
-def _report(name: str, request: LoadRequest, status: LoadStatus) -> None:
+def _report(name: str, request: LoadRequest, status: LoadStatus, *, again: str) -> None:
     if request.order and status.state == "done":
         print(f"{name}: order of {status.files} files announced")
         return
@@ -249,7 +271,6 @@ def _report(name: str, request: LoadRequest, status: LoadStatus) -> None:
         print(f"  and {status.files_failed - SHOWN_FAILURES} more; --json names them", file=sys.stderr)
     if status.files_failed:
         print(
-            f"datacache: {status.files_failed} files failed; "
-            f"`datacache load {name} --resume` tries them again",
+            f"datacache: {status.files_failed} files failed; `{again}` tries them again",
             file=sys.stderr,
         )

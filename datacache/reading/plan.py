@@ -39,9 +39,9 @@ def grain(fill: Fill, *, block: int, size: int, share: int) -> int:
     return max(block, 1)
 
 
-def request_limit(block: int) -> int:
-    """Bytes of one request at most: whole blocks, at least one."""
-    return max(1, REQUEST // block) * block
+def request_limit(block: int, *, most: int) -> int:
+    """Bytes of one request at most: whole blocks, at least one, and no more than `most` beyond that."""
+    return max(1, min(REQUEST, most) // block) * block
 
 
 def reach(span: ByteRange, *, grain: int, size: int) -> ByteRange:

@@ -36,7 +36,7 @@ from datacache.errors import (
 )
 from datacache.model import Buffer, ByteRange, CacheKey, Entry, Kind, MiB, ObjectInfo
 from datacache.reading import plan
-from datacache.reading.budget import Budget, Grant
+from datacache.reading.budget import TRANSIENT, Budget, Grant
 from datacache.reading.pool import Pool
 from datacache.reading.prefetch import After, Announced, Listing, Window
 from datacache.sources.source import Source
@@ -267,7 +267,7 @@ class Reader:
         self._sources, self._cache, self._settings, self._clock = tuple(sources), cache, settings, clock
         self._uris = [source.uri for source in self._sources]
         self._siblings = siblings
-        self._limit = plan.request_limit(settings.block_size)
+        self._limit = plan.request_limit(settings.block_size, most=settings.memory // TRANSIENT)
         self._tally = _Tally()
         self._pool = Pool(settings.concurrency, name="fetch-ahead")
         self._budget = Budget(settings.memory, settings.concurrency, self._reclaim)
@@ -355,6 +355,8 @@ class Reader:
         try:
             if tier is not None:
                 target = tier.open(held.key)
+            elif held.cached.evicted:  # who has it open reads on; what is filled there nobody finds later
+                target = self._cache.open(held.key)
             return self._make_whole(held, target, pace or _ignore, on_bytes or _ignore)
         finally:
             if target is not held.file:
@@ -742,10 +744,9 @@ class Reader:
             flight, span = pending[0]
             self._run_patiently(flight)
             _settled(flight)
-            if flight.target is not target:
+            # One that found no room may have ended long ago, and been kept: there may be room now.
+            if flight.target is not target or flight.unkept is not None:
                 target.fill(flight.span.start, _landed(flight))
-            elif flight.unkept is not None:
-                raise copy.copy(flight.unkept) from flight.unkept
             pending.popleft()
             self._leave(held, (flight,))
             count = min(flight.span.stop, span.stop) - max(flight.span.start, span.start)
@@ -768,7 +769,10 @@ class Reader:
                     if len(spans) > 1:
                         for flight in new:
                             self._pool.offer(partial(self._run_patiently, flight), later=True)
-                while len(pending) >= self._settings.concurrency:
+                # What has ended is counted at once: while `pace` holds us up, someone looks at the figures.
+                while pending and (
+                    len(pending) >= self._settings.concurrency or pending[0][0].state is _State.ENDED
+                ):
                     finish()
             while pending:
                 finish()

@@ -164,11 +164,16 @@ class TierContract:
         put(tier, a)
         file = tier.open(a)
         before = used(tier)
+        assert not file.evicted
         assert tier.evict(a) == a.size
         assert tier.present(a) == 0 and list(tier.entries()) == []
+        assert file.evicted
         assert bytes(file.read(whole(a))) == content(a)
         assert used(tier) == before
         put(tier, a)  # a new entry of the same key is another one
+        other = tier.open(a)
+        assert file.evicted and not other.evicted
+        other.close()
         file.close()
         assert used(tier) == before and tier.present(a) == a.size
         assert tier.evict(a) == a.size and tier.evict(a) == 0

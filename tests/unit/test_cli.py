@@ -157,7 +157,7 @@ WRONG = [
     (["load", "file:///data", "--files-from", "a", "--order", "b"], "not allowed with"),
     (["load", "file:///data", "--order", "/dev/null"], "--order"),
     (["load", "file:///data", "--resume"], "--resume: 'file:///data' will not do"),
-    (["load", "file:///data", "--resume", "--path", "*"], "--resume: 'a selection' will not do"),
+    (["load", "file:///data", "--resume", "--path", "*"], "a target whose last load was interrupted"),
     (["load", "/mnt", "--policy", "lru"], "--policy: '/mnt' will not do; expected a URI"),
     (["status", "--interval", "0"], "--interval: '0' will not do"),
     (["status", "a", "b"], "b: unknown argument"),
@@ -634,6 +634,38 @@ def test_load_with_failures_says_why_and_resumes(worker: FakeControl, say: Said)
     assert (code, "a target whose last load was interrupted" in err) == (2, True)
 
 
+def test_load_that_matches_nothing_is_not_a_success(worker: FakeControl, say: Said) -> None:
+    """A pattern with a mistake in it: code 1 and a line, instead of a job that cached nothing."""
+    worker.job = [dataclasses.replace(DONE, files=0, files_done=0, bytes=0, bytes_done=0)]
+    code, _, err = say("load", "images", "--path", "imgs/*")
+    assert (code, err) == (1, "datacache: no file matches --path imgs/*\n")
+    assert say("load", "images")[0] == 0, "a data set without files is loaded"
+
+
+def test_load_resumes_with_the_selection_typed_again(worker: FakeControl, say: Said, tmp_path: Path) -> None:
+    """--resume behind the same command is the same; behind another one it is an error."""
+    worker.job = [dataclasses.replace(DONE, state="failed", files_failed=1)]
+    say("load", "images", "--path", "*.jpg")
+    assert say("load", "images", "--path", "*.png", "--resume")[0] == 2
+    worker.job = [DONE]
+    assert say("load", "images", "--path", "*.jpg", "--resume")[0] == 0
+    assert worker.asked[0] == worker.asked[-1]
+
+
+@pytest.mark.parametrize(
+    "flag", [["--tier", "mem"], ["--bandwidth", "1MiB"], ["--concurrency", "2"], ["--verify"]]
+)
+def test_an_order_is_not_loaded_and_takes_no_flags_of_loading(
+    flag: list[str], worker: FakeControl, say: Said, tmp_path: Path
+) -> None:
+    """What would do nothing is refused by name."""
+    names = tmp_path / "names"
+    names.write_bytes(b"a.jpg\n")
+    code, _, err = say("load", "images", "--order", str(names), *flag)
+    assert (code, worker.asked) == (2, [])
+    assert flag[0] in err
+
+
 def test_load_as_json(worker: FakeControl, say: Said) -> None:
     """One object on standard output, with the failures."""
     worker.job = [dataclasses.replace(DONE, state="failed", failures=(("/a", "denied"),), files_failed=1)]
@@ -953,8 +985,10 @@ def test_load_names_the_files_that_fail(bucket: str, say: Said, tmp_path: Path) 
     """A file that is listed and not there is a failure with its reason; the others are cached."""
     names = tmp_path / "names"
     names.write_text("a.txt\nnothing.txt\n")
-    code, out, err = say("load", bucket, "--cache", f"ssd:{tmp_path}/tier=100MiB", "--files-from", str(names))
+    cache = f"ssd:{tmp_path}/tier=100MiB"
+    code, out, err = say("load", bucket, "--cache", cache, "--files-from", str(names))
     assert code == 1
+    assert f"`datacache load {bucket} --cache {cache} --resume` tries them again" in err
     assert "1 of 2 files cached" in out
     assert "/nothing.txt: " in err
 

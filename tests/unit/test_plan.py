@@ -128,4 +128,6 @@ def test_the_grain_depends_on_fill_and_memory(fill: Fill, size: int, share: int,
 )
 def test_requests_are_whole_blocks(block: int, limit: int) -> None:
     """The largest request is a number of whole blocks, at least one."""
-    assert plan.request_limit(block) == limit
+    assert plan.request_limit(block, most=1 << 40) == limit
+    assert plan.request_limit(block, most=3 * block) == min(limit, 3 * block)
+    assert plan.request_limit(block, most=block // 2) == block

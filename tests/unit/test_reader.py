@@ -798,6 +798,17 @@ def test_what_was_read_to_its_end_goes_first() -> None:
     assert len(source.reads) == 1
 
 
+def test_one_read_of_more_than_the_budget_stays_within_it() -> None:
+    """No request is larger than the memory that it may take, however long the read."""
+    source, entry = source_of()
+    settings = dataclasses.replace(SETTINGS, memory=4 * BLOCK)
+    with reader(source, MemoryTier(quota=0), settings) as made, opened(made, entry) as it:
+        assert it.read(0, len(DATA)) == DATA
+        stats = made.stats()
+        assert max(stats.memory_peak, stats.memory_used) <= settings.memory
+    assert max(span.length for span in spans(source)) == 2 * BLOCK
+
+
 # Whole objects.
 
 
@@ -908,6 +919,35 @@ def test_fetch_joins_a_reader_and_still_fills_its_tier() -> None:
     assert len(source.reads) == 1
 
 
+@pytest.mark.parametrize("read", [10, len(DATA)])
+def test_fetch_of_what_was_evicted_while_it_is_open(read: int) -> None:
+    """Who has it open keeps what was dropped; a load puts it into the cache anew, from there where it can."""
+    source, entry = source_of()
+    tier = MemoryTier()
+    with reader(source, tier, NO_READAHEAD) as made, opened(made, entry) as it:
+        it.read(0, read)
+        tier.evict(made.cache_key(entry))
+        source.reads.clear()
+        made.fetch(entry)
+        assert tier.present(made.cache_key(entry)) == len(DATA)
+        assert sum(span.length for span in spans(source)) == (0 if read > BLOCK else len(DATA) - BLOCK)
+        assert it.read(0, len(DATA)) == DATA
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_fetch_keeps_what_had_no_room_when_it_was_read(broken: bool) -> None:
+    """Bytes that are held in memory, because the tier was full or broken, go into it once it is not."""
+    source, entry = source_of()
+    tier = MemoryTier(quota=1 << 40 if broken else 0)
+    tier.broken = "for a while" * broken
+    with reader(source, tier, NO_READAHEAD) as made, opened(made, entry) as it:
+        it.read(0, 10)
+        tier.quota, tier.broken = 1 << 40, ""
+        made.fetch(entry)
+        assert tier.present(made.cache_key(entry)) == len(DATA)
+    assert sum(span.length for span in spans(source)) == len(DATA), "nothing was fetched twice"
+
+
 @pytest.mark.parametrize(("quota", "broken", "error"), [(0, "", TierFull), (1 << 40, "gone", TierBroken)])
 def test_fetch_says_that_there_is_no_room(quota: int, broken: str, error: type[Exception]) -> None:
     """A load that finds no place for the bytes is told so, and keeps nothing in memory."""
@@ -932,6 +972,23 @@ def test_fetch_ends_with_the_error_of_the_source() -> None:
         with pytest.raises(Unavailable, match="away"):
             made.fetch(entry)
         until(lambda: made.stats().open_objects == 0)
+
+
+def test_fetch_counts_what_has_ended_while_it_waits_for_its_pace() -> None:
+    """A progress bar moves with every request, also where many more could be under way."""
+    source, entry = source_of(bytes(32 * MiB))
+    tier = MemoryTier()
+    counted: list[int] = []
+    seen: list[int] = []
+
+    def pace(length: int) -> None:
+        seen.append(sum(counted))
+        arrived = 8 * MiB * (len(seen) - 1)
+        until(lambda: tier.present(made.cache_key(entry)) == arrived and made.stats().memory_used == 0)
+
+    with reader(source, tier) as made:
+        assert made.fetch(entry, pace=pace, on_bytes=counted.append) == 32 * MiB
+    assert seen == [0, 0, 8 * MiB, 16 * MiB]
 
 
 def test_fetch_can_be_stopped_between_requests() -> None:
