@@ -73,7 +73,7 @@ class TieredCache:
         for tier in self.tiers:
             if name in (tier.name, tier.name.partition(":")[0]):
                 return tier
-        raise SettingError("tier", name, "one of " + ", ".join(tier.name for tier in self.tiers))
+        raise SettingError("--tier", name, "one of " + ", ".join(tier.name for tier in self.tiers))
 
     # ---- Tier -----------------------------------------------------------------------------------
 
