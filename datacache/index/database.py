@@ -515,10 +515,38 @@ def open_live(path: str, *, made_for: str, skeleton: Sequence[Skeleton]) -> Data
                 with suppress(FileNotFoundError):
                     os.unlink(path + suffix)
             try:
-                _create(path, made_for, skeleton)
+                _create(path, made_for, skeleton, life=_next_life(path + ".lock"))
             except sqlite3.Error as error:
                 raise IndexBroken(f"the index {path} cannot be made: {error}; check the disk") from error
     return Database(path, pinned=False)
+
+
+_LIFE = 40
+"""Bits of the `ino`s of one catalogue: a trillion paths, in 8 million catalogues."""
+
+
+def _next_life(lock: str) -> int:
+    """How many catalogues there have been before; one more from now on. That lies in the lock file, which
+    is there for ever, for a damaged catalogue cannot be asked which `ino`s it has given out."""
+    try:
+        with open(lock, "r+b") as file:
+            life = int(file.read() or b"0")
+            file.seek(0)
+            file.write(b"%d" % (life + 1))
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, ValueError) as error:
+        raise IndexBroken(f"{lock} does not take or hold a number ({error}); check the disk") from error
+    return life
+
+
+def _beyond(skeleton: Sequence[Skeleton], life: int) -> list[Skeleton]:
+    """`skeleton` with `ino`s that no earlier catalogue had; the root's is always the same."""
+
+    def moved(ino: int) -> int:
+        return ino if ino <= ROOT else ino + (life << _LIFE)
+
+    return [s._replace(ino=moved(s.ino), parent=moved(s.parent)) for s in skeleton]
 
 
 def fits(path: str, made_for: str) -> bool:
@@ -538,12 +566,13 @@ def _unfit(path: str, made_for: str) -> str:
     return "" if meta["made_for"] == made_for else f"it is of other mounts ({meta['made_for']})"
 
 
-def _create(path: str, made_for: str, skeleton: Sequence[Skeleton]) -> None:
+def _create(path: str, made_for: str, skeleton: Sequence[Skeleton], *, life: int) -> None:
     connection = _connect(f"file:{quote(path)}?mode=rwc")
     try:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("BEGIN IMMEDIATE")
-        create_schema(connection, skeleton, {"made_for": made_for})
+        create_schema(connection, _beyond(skeleton, life), {"made_for": made_for})
+        connection.execute("UPDATE sqlite_sequence SET seq=max(seq, ?)", (life << _LIFE,))
         create_indexes(connection)
         connection.execute("COMMIT")
     finally:

@@ -666,6 +666,25 @@ def test_a_damaged_live_index_is_made_anew(opened: Opened, harm: str) -> None:
     assert paths(opened.live([source])) == ["/x"]
 
 
+@pytest.mark.parametrize("harm", ["damaged", "removed", "other mounts"])
+def test_an_inode_is_not_given_out_again_by_a_new_index(opened: Opened, harm: str) -> None:
+    """ "`st_ino` names a path and is never used twice": what was lost with an index is not reused by the
+    next one either, and who compares inodes is not deceived."""
+    a, b = MemorySource("memory://a", {"d/x": b"1"}), MemorySource("memory://b", {"d/x": b"1"})
+    seen: set[int] = set()
+    for source in (a, b, a) if harm == "other mounts" else (a, a, a):
+        index = opened.live([source], paths=["/at"])
+        found = {index.resolve(path).ino for path in ("/at", "/at/d", "/at/d/x")}
+        assert seen.isdisjoint(found)
+        seen |= found
+        assert index.resolve("/").ino == ROOT
+        opened.close()
+        if harm == "damaged":
+            Path(opened.state, "index.db").write_bytes(b"no database " * 1000)
+        elif harm == "removed":
+            Path(opened.state, "index.db").unlink()
+
+
 _DIES = """
 import os, signal, sys
 from datacache.clock import SystemClock
