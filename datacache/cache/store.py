@@ -846,9 +846,10 @@ class Store:
                 raise TierFull(f"cache tier {self.rules.name} is full: {short.reason}")
 
     def _shortage(self, wanted: int, inodes: int) -> Shortage:
-        """Under `_lock`. The file system is asked once a second (0.7 us), and before we say no."""
+        """Under `_lock`. The file system is asked (0.7 us) once a second, when we have taken an eighth of
+        what it had left for us, and before we say no: our catalogue and directories take space, too."""
         for fresh in (False, True):
-            if fresh or self._clock.monotonic() - self._measured >= 1.0:
+            if fresh or self._outdated():
                 self._space, self._measured = self._disk.space(self._at.fd), self._clock.monotonic()
                 self._taken, self._taken_inodes = self._writing, self._making
             space = self._space._replace(
@@ -861,6 +862,15 @@ class Store:
             if not short.over_by or self._used + wanted > rules.quota:
                 break
         return short
+
+    def _outdated(self) -> bool:
+        """Whether what the file system said last is not worth much any more."""
+        space, reserve = self._space, self.rules.reserve
+        return (
+            self._clock.monotonic() - self._measured >= 1.0
+            or self._taken > (space.free - space.total * reserve) / 8
+            or self._taken_inodes > (space.inodes_free - space.inodes * reserve) / 8 > 0
+        )
 
     def _make_room(self, wanted: int, inodes: int) -> bool:
         with self._evicting:

@@ -463,6 +463,28 @@ def test_our_own_fills_count_between_two_looks_at_the_file_system(start: Open, d
     assert tier.stats()[0].state == "full"
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Space(GiB, 160 * KiB, 0, 0), Space(GiB, 20 * KiB, 0, 0)),
+        (Space(GiB, GiB, 1000, 16), Space(GiB, GiB, 1000, 0)),
+    ],
+    ids=["bytes", "inodes"],
+)
+def test_what_we_take_beside_our_copies_is_noticed_in_time(
+    start: Open, disk: FaultyDisk, before: Space, after: Space
+) -> None:
+    """Catalogue and directories take space and inodes, too: near its end the file system is asked more
+    often than once a second."""
+    disk.left = before
+    tier = start(reserve=0.0)
+    for name in "abc":
+        put(tier, key(name, 8 * KiB))
+    disk.left = after
+    with pytest.raises(TierFull):
+        put(tier, key("d", 24 * KiB))
+
+
 def test_fills_under_way_count_when_the_file_system_is_asked_anew(
     start: Open, disk: FaultyDisk, clock: VirtualClock
 ) -> None:
