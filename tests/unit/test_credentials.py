@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -9,9 +10,12 @@ from urllib.parse import parse_qs
 import pytest
 
 from datacache.clock import VirtualClock
+from datacache.config.settings import SourceSettings
 from datacache.errors import Denied, Unavailable
+from datacache.model import ByteRange, MountPoint, ObjectInfo, Version
 from datacache.sources.aws import PATIENCE, RECHECK, RECHECK_FILE, Bucket, Credentials
 from datacache.sources.keyfile import Keys
+from datacache.sources.opening import open_raw
 from tests.conftest import AnnouncedLogs
 from tests.support.stub import Answer, Request, StubServer, always
 
@@ -155,6 +159,30 @@ def test_a_web_identity_becomes_keys_that_are_renewed(clock: VirtualClock, tmp_p
         token.write_text("token three")
         assert found.get() == Keys("A3", "S3", "T3")
         assert sts.tokens == ["token one", "token two", "token three"]
+
+
+@pytest.mark.parametrize("key", ["key", "odd//key"])
+def test_reads_are_signed_with_renewed_keys_before_the_old_ones_expire(
+    clock: VirtualClock, tmp_path: Path, key: str
+) -> None:
+    """ "Renewed before they expire, on reads too": the store never has to refuse one, whichever client
+    reads."""
+    token, sts = tmp_path / "token", Sts()
+    token.write_text("token")
+    sts.lifetime = 60.0
+    info = ObjectInfo(key, 4, Version('"tag"'))
+    with StubServer(sts) as service, StubServer(always(Answer(200, b"data", {"ETag": '"tag"'}))) as store:
+        mount = MountPoint("s3://bucket", options={"endpoint": store.url})
+        environment = NOTHING | web_identity(service.url, token)
+        with closing(
+            open_raw(mount, settings=SourceSettings(), environment=environment, clock=clock)
+        ) as source:
+            for number in (1, 2):
+                assert bytes(source.read(info, ByteRange(0, 4))) == b"data"
+                assert f"Credential=A{number}/" in store.requests[-1].headers["authorization"]
+                assert store.requests[-1].headers["x-amz-security-token"] == f"T{number}"
+                clock.advance(RECHECK_FILE)
+        assert len(store.requests) == 2
 
 
 def test_many_refusals_are_one_renewal(clock: VirtualClock, tmp_path: Path) -> None:
