@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from datacache.clock import SystemClock
-from datacache.config.settings import SourceSettings
+from datacache.config.settings import IndexSettings, SourceSettings
 from datacache.errors import Denied, NotFound, Unavailable, VersionChanged
-from datacache.model import ByteRange, MountPoint, ObjectInfo, Version
+from datacache.index.opening import open_index
+from datacache.index.snapshot import create_snapshot
+from datacache.model import ByteRange, Dataset, MountPoint, ObjectInfo, Version
 from datacache.sources.opening import open_raw, open_source
 from datacache.sources.source import Source
 from tests.contract.source_suite import Made, SourceSuite
@@ -142,6 +144,29 @@ def test_a_version_is_read_by_its_id(moto: S3Server) -> None:
         for info in before.values():
             assert whole(source, info) == b"first"
             assert bytes(source.read(info, ByteRange(1, 3))) == b"ir"
+
+
+def test_a_snapshot_of_a_versioned_bucket_outlives_its_objects(moto: S3Server, tmp_path: Path) -> None:
+    """ "Versioned buckets are read by version id in snapshots": what was pinned is what is read, when the
+    bucket has other bytes or none under that key."""
+    name, state = f"bucket-{next(_numbers)}", str(tmp_path)
+    moto.make_bucket(name, versioned=True)
+    for key in ("changed", "removed", "odd//key"):
+        moto.put(name, key, b"first")
+    mount = MountPoint(f"s3://{name}", options={"endpoint": moto.endpoint})
+    dataset, clock = Dataset("pinned", (mount,)), SystemClock()
+    source = open_source(mount, settings=SETTINGS, environment=moto.environment, clock=clock)
+    with closing(source):
+        create_snapshot(dataset, [source], state=state, name="s", clock=clock)
+        for key in ("changed", "odd//key"):
+            moto.put(name, key, b"other")
+        moto.delete(name, "removed")
+        settings = IndexSettings(snapshot="s")
+        with closing(open_index(dataset, [source], settings, state=state, clock=clock)) as index:
+            found = {path: ObjectInfo(e.key, e.size, e.version) for path, e in index.walk()}
+        assert {path: whole(source, info) for path, info in found.items()} == {
+            "/changed": b"first", "/odd/%empty/key": b"first", "/removed": b"first",
+        }  # fmt: skip
 
 
 def test_a_version_that_was_removed_for_good_is_a_changed_one(moto: S3Server) -> None:
