@@ -1,13 +1,14 @@
 """
 A tiered cache against a dict of bytes.
 
-Random fills, reads, evictions, pins, quota changes, restarts, kills, power cuts that leave zeros or
-nothing where data was not synced, bit rot, broken disks and deleted directories. At no time is a
-wrong byte read or a quota exceeded; a mere kill loses nothing; and at the end `verify` finds a
-directory in which everything is as it should be.
+Random fills, reads, loans, mappings that outlive them, evictions, pins, quota changes, restarts, kills,
+power cuts that leave zeros or nothing where data was not synced, bit rot, broken disks and deleted
+directories. At no time is a wrong byte read or a quota exceeded; nothing changes under a mapping; a
+mere kill loses nothing; and at the end `verify` finds a directory in which everything is as it should be.
 """
 
 import logging
+import mmap
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from datacache.cache.directory import MANAGED, DirectoryTier, Owner, Rules
-from datacache.cache.tier import CachedFile
+from datacache.cache.tier import CachedFile, Lent
 from datacache.cache.tiered import TieredCache
 from datacache.cache.verify import verify
 from datacache.clock import VirtualClock
@@ -37,6 +38,15 @@ bytes_of = lru_cache(None)(content)
 keys = st.sampled_from(KEYS)
 which = st.integers(0, 1)
 fractions = st.floats(0, 1)
+
+
+class Mapped:
+    """A mapping of a cached file, and the bytes that it must show."""
+
+    def __init__(self, lent: Lent, expected: bytes) -> None:
+        # mmap keeps a descriptor of its own: to the file, a mapping like that of another process.
+        self.pages = mmap.mmap(lent.descriptor, len(expected), prot=mmap.PROT_READ)
+        self.identity, self.expected = lent.identity, expected
 
 
 class Cache(RuleBasedStateMachine):
@@ -59,6 +69,8 @@ class Cache(RuleBasedStateMachine):
         self.disks = [FaultyDisk(), FaultyDisk()]
         self.boot = 0
         self.files: list[CachedFile] = []
+        self.loans: list[tuple[CacheKey, Lent]] = []
+        self.mappings: list[Mapped] = []
         self.open_cache()
 
     def open_cache(self) -> None:
@@ -91,7 +103,15 @@ class Cache(RuleBasedStateMachine):
         """Processes that end close what they had open."""
         for file in self.files:
             file.close()
-        self.files = []
+        for _, lent in self.loans:
+            lent.close()
+        self.files, self.loans = [], []
+
+    def unmap_all(self) -> None:
+        """The readers end, too."""
+        for mapping in self.mappings:
+            mapping.pages.close()
+        self.mappings = []
 
     def heal(self) -> None:
         for disk in self.disks:
@@ -138,6 +158,35 @@ class Cache(RuleBasedStateMachine):
         assert fast is None or bytes(fast) == expected[: span.length]
         with suppress(CacheError):
             assert bytes(file.read(span)) == expected[: span.length]
+
+    # ---- what the kernel reads by itself --------------------------------------------------------
+
+    @precondition(lambda self: len(self.loans) < 4)
+    @rule(k=keys)
+    def lend(self, k: CacheKey) -> None:
+        lent = self.cache.lend(k)
+        if lent is not None:
+            self.loans.append((k, lent))
+            assert k.size and os.pread(lent.descriptor, k.size + 1, 0) == bytes_of(k)
+
+    @precondition(lambda self: self.loans)
+    @rule(n=st.integers(0, 3))
+    def give_back(self, n: int) -> None:
+        self.loans.pop(n % len(self.loans))[1].close()
+
+    @precondition(lambda self: self.loans and len(self.mappings) < 4)
+    @rule(n=st.integers(0, 3), close=st.booleans())
+    def map(self, n: int, close: bool) -> None:
+        k, lent = self.loans[n % len(self.loans)]
+        # A loan that rot has reached since it was made is a file like any that rots.
+        self.mappings.append(Mapped(lent, os.pread(lent.descriptor, k.size, 0)))
+        if close:
+            self.give_back(n)
+
+    @precondition(lambda self: self.mappings)
+    @rule(n=st.integers(0, 3))
+    def unmap(self, n: int) -> None:
+        self.mappings.pop(n % len(self.mappings)).pages.close()
 
     # ---- what users and time do -----------------------------------------------------------------
 
@@ -189,6 +238,7 @@ class Cache(RuleBasedStateMachine):
     def power_cut(self, i: int, zeros: bool, seed: int) -> None:
         """What was not synced may be gone: zeros in its place, or a shorter file, or no file."""
         self.let_go()
+        self.unmap_all()
         self.heal()
         for j, tier in enumerate(self.tiers):
             if j == i and tier.store is not None:
@@ -216,6 +266,7 @@ class Cache(RuleBasedStateMachine):
     @rule(i=which, quota=st.sampled_from(QUOTAS))
     def quota_changes(self, i: int, quota: int) -> None:
         self.let_go()
+        self.unmap_all()
         self.heal()
         self.cache.close()
         self.quotas[i] = quota
@@ -261,6 +312,11 @@ class Cache(RuleBasedStateMachine):
                 byte = file.read(1)
                 file.seek(int(at * size))
                 file.write(bytes(b ^ 0xFF for b in byte))
+                file.flush()
+                found = os.fstat(file.fileno())
+            for mapping in self.mappings:
+                if mapping.identity == (found.st_dev, found.st_ino):
+                    mapping.expected = mapping.pages[:]
         self.cache.verify()
         report = self.cache.verify()
         assert all("set aside" in problem for problem in report.problems), report.problems
@@ -272,11 +328,17 @@ class Cache(RuleBasedStateMachine):
         for stats, quota in zip(self.cache.stats(), self.quotas, strict=True):
             assert stats.used <= quota or stats.state == "broken"
 
+    @invariant()
+    def nothing_changes_under_a_mapping(self) -> None:
+        for mapping in self.mappings:
+            assert mapping.pages[:] == mapping.expected
+
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
         try:
             self.let_go()
+            self.unmap_all()
             self.disks_heal()
             for tier in self.tiers:
                 tier.upkeep()
@@ -295,7 +357,9 @@ class Cache(RuleBasedStateMachine):
             self.log.setLevel(self.level)
 
     def space_is_counted(self, tier: DirectoryTier) -> None:
-        """No file holds space that the quota does not see."""
+        """No file holds space that the quota does not see; what nobody reads any more is not kept."""
+        gone = os.path.join(tier.path, MANAGED, "gone")
+        assert not os.path.exists(gone) or os.listdir(gone) == []
         for folder, _, names in os.walk(os.path.join(tier.path, MANAGED, "objects")):
             for name in names:
                 digest = bytes.fromhex(name.partition("-")[0])

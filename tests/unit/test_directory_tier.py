@@ -2,7 +2,9 @@
 
 import errno
 import json
+import mmap
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -1149,21 +1152,21 @@ def test_a_file_system_without_leases_counts_by_our_own_opens(
     logs.expect("cannot tell who reads a file")
     logs.expect("is damaged, and its file may be open elsewhere")
     disk.fail = {"lease": errno.EINVAL}
-    tier = start(quota=2 * BLOCK)
-    a, b = key("a", BLOCK), key("b", BLOCK)
+    tier = start(quota=4 * BLOCK)
+    a, b, c = key("a", 2 * BLOCK), key("b", 2 * BLOCK), key("c", 2 * BLOCK)
     for each in (a, b):
         put(tier, each)
         tier.supersede(each)
     lent = lend(tier, a)
-    put(tier, key("c", BLOCK))
+    put(tier, c)
     assert tier.present(a) and not tier.present(b)
     tier.evict(a)
-    assert used(tier) == 2 * BLOCK
+    assert used(tier) == 4 * BLOCK
     lent.close()
-    assert used(tier) == BLOCK
-    path = files(Path(tier.path))[0]
-    path.write_bytes(bytes(BLOCK))
-    assert tier.recheck(key("c", BLOCK)) == 1
+    assert used(tier) == 2 * BLOCK
+    with files(Path(tier.path))[0].open("r+b") as damaged:
+        damaged.write(b"\xff")
+    assert tier.recheck(c) == 1
     assert used(tier) == 0 and files(Path(tier.path)) == []
     assert sum("cannot tell" in message for message in logs.messages()) == 1
 
@@ -1187,6 +1190,25 @@ def test_what_a_crash_left_behind_counts_while_it_is_mapped(start: Open, place: 
     assert used(tier) == 0 and gone(place) == []
 
 
+@everywhere
+def test_a_cache_that_is_emptied_counts_what_is_mapped(start: Open, place: Path, logs: AnnouncedLogs) -> None:
+    """The catalogue is lost, and with it what the file was; not that it takes space."""
+    logs.expect("is emptied")
+    tier = start()
+    a = key("a", 2 * BLOCK)
+    put(tier, a)
+    with mapped(tier, a) as mapping:
+        tier.close()
+        for lost in (place / MANAGED).glob("catalogue.db*"):
+            lost.write_bytes(b"no database" * 1000)
+        tier = start()
+        settle(tier)
+        assert list(tier.entries()) == [] and used(tier) == a.size and mapping.sees(content(a))
+        assert list((place / MANAGED).glob("trash-*")) == []
+    tier.upkeep()
+    assert used(tier) == 0 and gone(place) == []
+
+
 def test_a_loan_outlives_its_tier(start: Open, disk: FaultyDisk, logs: AnnouncedLogs) -> None:
     """Set aside, back, or closed: who was lent a file keeps it."""
     logs.expect("is set aside")
@@ -1204,6 +1226,77 @@ def test_a_loan_outlives_its_tier(start: Open, disk: FaultyDisk, logs: Announced
     disk.heal()
     lent.close()
     assert repr(lent).endswith("closed>")
+
+
+@everywhere
+def test_quotas_hold_while_lent_files_are_unlinked(start: Open, place: Path) -> None:
+    """Fills, loans, mappings that outlive them, evictions by hand and by policy, all at once: what lies
+    on the disk is never more than the quota, mapped bytes never change, and in the end all of it is given
+    back."""
+    quota = 24 * BLOCK
+    tier = start(quota=quota, policy=Policy.LRU, high=1.0, low=1.0)
+    keys = [key(f"k{i}", (1 + i % 4) * BLOCK - i) for i in range(16)]
+    begin, ended = threading.Barrier(6), threading.Event()
+
+    def fill(seed: int) -> int:
+        order, kept = random.Random(seed), 0
+        begin.wait()
+        for _ in range(150):
+            with suppress(TierFull):
+                put(tier, order.choice(keys))
+                kept += 1
+        return kept
+
+    def map_and_read(seed: int) -> int:
+        order, maps = random.Random(seed), list[tuple[CacheKey, mmap.mmap]]()
+        begin.wait()
+        seen = 0
+        while not ended.is_set():
+            each = order.choice(keys)
+            lent = tier.lend(each)
+            if lent is not None:
+                maps.append((each, mmap.mmap(lent.descriptor, each.size, prot=mmap.PROT_READ)))
+                lent.close()
+                seen += 1
+            while len(maps) > order.randrange(1, 4):
+                of, pages = maps.pop(order.randrange(len(maps)))
+                assert pages[:] == content(of)
+                pages.close()
+        for of, pages in maps:
+            assert pages[:] == content(of)
+            pages.close()
+        return seen
+
+    def watch() -> int:
+        most = 0
+        begin.wait()
+        while not ended.is_set():
+            tier.upkeep()
+            assert used(tier) <= quota
+            most = max(most, len(gone(place)))
+        return most
+
+    def drop(seed: int) -> None:
+        order = random.Random(seed)
+        begin.wait()
+        while not ended.is_set():
+            tier.evict(order.choice(keys))
+
+    with ThreadPoolExecutor(6) as pool:
+        fillers = [pool.submit(fill, seed) for seed in range(2)]
+        readers = [pool.submit(map_and_read, seed) for seed in range(2)]
+        others = [pool.submit(watch), pool.submit(drop, 9)]
+        try:
+            kept = [filler.result() for filler in fillers]
+        finally:
+            ended.set()
+        assert min(kept) > 0 and all(reader.result() > 0 for reader in readers)
+        assert others[0].result(), "files were unlinked while they were mapped"
+        others[1].result()
+    for each in keys:
+        tier.evict(each)
+    tier.upkeep()
+    assert used(tier) == 0 and files(place) == [] and gone(place) == []
 
 
 def test_an_open_that_comes_while_we_ask_waits_and_no_signal_ends_us(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from datacache.errors import Damaged, Locked, SettingError, TierBroken, TierFull
 from datacache.model import ByteRange, CacheKey, KiB, Medium, MiB
 from tests.conftest import AnnouncedLogs
 from tests.contract.tier_suite import content, key, put, whole
+from tests.support.mapper import Mapper
 
 BLOCK = 16 * KiB
 OWNER = Owner(os.getpid(), "/mnt/x", "")
@@ -152,6 +153,41 @@ def test_sink_never_gives_damage_a_new_checksum(clock: VirtualClock) -> None:
     assert gaps and gaps[0].start == BLOCK
     assert bytes(file.read(ByteRange(0, BLOCK))) == content(a)[:BLOCK]
     file.close()
+
+
+def test_sink_leaves_what_somebody_maps_where_it_is(tmp_path: Path, clock: VirtualClock) -> None:
+    """To move it would free nothing: the next coldest goes, and when all are mapped new data goes down."""
+    top, bottom = (
+        DirectoryTier(
+            str(tmp_path / name),
+            Rules(f"ssd:{name}", 2 * BLOCK if name == "top" else 64 * BLOCK, BLOCK, reserve=0.0, dataset="d"),
+            owner=OWNER,
+            clock=clock,
+            keeper=False,
+        )
+        for name in ("top", "bottom")
+    )
+    cache = TieredCache([top, bottom], placement=Placement.SINK)
+    keys = [key(f"k{i}", BLOCK) for i in range(4)]
+    maps = []
+    try:
+        for each in keys[:2]:
+            put(cache, each)
+            clock.advance(1)
+        for each, cold in zip(keys[2:], (keys[0], keys[2]), strict=True):
+            lent = cache.lend(cold)
+            assert lent is not None
+            maps.append(Mapper(lent.descriptor, cold.size))
+            lent.close()
+            clock.advance(1)
+            put(cache, each)
+        assert [top.present(each) for each in keys] == [BLOCK, 0, BLOCK, 0]
+        assert [bottom.present(each) for each in keys] == [0, BLOCK, 0, BLOCK]
+        assert top.retire(keys[0]) == 0 and top.retire(key("none")) == 0
+    finally:
+        for mapping in maps:
+            mapping.unmap()
+        cache.close()
 
 
 def test_a_fill_that_is_too_large_to_sink_for_goes_down_itself(clock: VirtualClock) -> None:
