@@ -121,6 +121,8 @@ class Entry(NamedTuple):
 
     `ino` names the path for ever, in this index. `mount` is the number of the mount point that it
     lies under (-1 for the directories above mount points). `key` is the object's key there.
+    `generation` is how many other versions of this path the index has had before this one: with `ino`
+    it names a version by numbers alone. 0 in what never changes (snapshots, manifests) and for directories.
     A NamedTuple, not a dataclass: listings make millions of them, and it is three times cheaper.
     """
 
@@ -134,6 +136,7 @@ class Entry(NamedTuple):
     key: str
     version: Version
     archived: bool = False
+    generation: int = 0
 
 
 @dataclass(frozen=True)

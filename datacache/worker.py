@@ -52,9 +52,12 @@ _SMALLEST = 64 * MiB
 
 
 class Worker:
-    """A data set at work. `mount` is where it is, or will be, mounted; empty for none."""
+    """A data set at work. `mount` is where it is, or will be, mounted; empty for none. `resumed`: that
+    mount is there already, and this worker goes on where another one stopped."""
 
-    def __init__(self, settings: Settings, *, clock: Clock | None = None, mount: str = "") -> None:
+    def __init__(
+        self, settings: Settings, *, clock: Clock | None = None, mount: str = "", resumed: bool = False
+    ) -> None:
         self.clock = clock or SystemClock()
         self.mount = mount
         self._started = self.clock.wall()
@@ -79,7 +82,7 @@ class Worker:
             self.index: Index = open_index(
                 dataset, self.sources, settings.index, state=settings.state, clock=self.clock,
                 manifest=manifest, cache_entries=settings.mount.metadata_entries,
-                on_replaced=self._superseded,
+                on_replaced=self._superseded, resumed=resumed,
             )  # fmt: skip
             building.callback(self.index.close)
             self.reader = Reader(

@@ -49,7 +49,7 @@ class Builder:
     def __init__(self, connection: sqlite3.Connection, skeleton: Sequence[Skeleton]) -> None:
         self._connection = connection
         self._next_ino = max(s.ino for s in skeleton) + 1
-        self._rows: list[db.Row] = []
+        self._rows: list[db.NewRow] = []
         self._in_order = True
         self._known: LRUCache[tuple[int, str], int] = LRUCache(_DIRECTORIES)
         self.files = 0

@@ -11,6 +11,10 @@ again. A pinned catalogue (`open_pinned`) is never written; `snapshot` makes it.
 Rows are never deleted: what disappears is marked gone, so that a path that comes back has the `ino`
 it had, and AUTOINCREMENT never gives one out twice. A path that turns from a file into a directory
 is another row: the kernel does not forgive an inode that changes its kind.
+
+A row counts the versions that its path has had (`generation`). When one replaces another, a trigger
+moves the old one into `former`, whatever statement did it: who still has it open can be told what it
+was. The last version of a path that disappeared stays in its row.
 """
 
 import fcntl
@@ -32,7 +36,7 @@ from datacache.model import Entry, Kind, ObjectInfo, Version
 
 _log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """`PRAGMA user_version` of the files we write. Another version is another format."""
 
 NO_MOUNT = -1
@@ -56,7 +60,8 @@ CREATE TABLE paths (
     version_id TEXT NOT NULL,
     stamp TEXT NOT NULL,
     archived INTEGER NOT NULL,
-    gone INTEGER NOT NULL DEFAULT 0
+    gone INTEGER NOT NULL DEFAULT 0,
+    generation INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE listings (
     ino INTEGER PRIMARY KEY,
@@ -69,11 +74,44 @@ BY_NAME = "CREATE UNIQUE INDEX paths_by_name ON paths (parent, name, kind)"
 BY_PARENT = "CREATE INDEX paths_by_parent ON paths (parent)"
 """The rowid is the last column of every index, so this one pages through a directory by `ino`."""
 
-COLUMNS = "ino, parent, name, kind, size, mtime_ns, mount, key, etag, version_id, stamp, archived"
-INSERT = f"INSERT INTO paths ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"
+FORMER_MAX = 100_000
+"""Former versions that are kept, the newest; some 15 MiB of them. Far more than a node's programs have open,
+and it is those that ask for them."""
+# Of a live catalogue only. What is not here (parent, name, mount, key) is the path's own, whatever its
+# version. `turn` has no gaps, for a version is replaced once; so its highest one tells how many there are.
+_FORMER = """
+CREATE TABLE former (
+    turn INTEGER PRIMARY KEY,
+    ino INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    etag TEXT NOT NULL,
+    version_id TEXT NOT NULL,
+    stamp TEXT NOT NULL,
+    archived INTEGER NOT NULL,
+    UNIQUE (ino, generation)
+)"""
+_KEEP_FORMER = f"""
+CREATE TRIGGER paths_replaced AFTER UPDATE OF generation ON paths WHEN new.generation <> old.generation
+BEGIN
+    INSERT INTO former (ino, generation, size, mtime_ns, etag, version_id, stamp, archived) VALUES
+        (old.ino, old.generation, old.size, old.mtime_ns, old.etag, old.version_id, old.stamp, old.archived);
+    DELETE FROM former WHERE turn <= (SELECT max(turn) FROM former) - {FORMER_MAX};
+END"""
+
+_GIVEN = "ino, parent, name, kind, size, mtime_ns, mount, key, etag, version_id, stamp, archived"
+COLUMNS = _GIVEN + ", generation"
+INSERT = f"INSERT INTO paths ({_GIVEN}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"
 
 _CHILD = f"SELECT {COLUMNS} FROM paths WHERE parent=? AND name=? AND NOT gone"
 _ENTRY = f"SELECT {COLUMNS} FROM paths WHERE ino=? AND NOT gone"
+_VERSION = f"""
+SELECT {COLUMNS} FROM paths WHERE ino = :ino AND generation = :generation
+UNION ALL SELECT p.ino, p.parent, p.name, p.kind, f.size, f.mtime_ns, p.mount, p.key,
+    f.etag, f.version_id, f.stamp, f.archived, f.generation
+FROM former AS f JOIN paths AS p ON p.ino = f.ino WHERE f.ino = :ino AND f.generation = :generation
+"""
 _CHILDREN = (
     f"SELECT {COLUMNS} FROM paths INDEXED BY paths_by_parent"
     " WHERE parent=? AND ino>? AND NOT gone ORDER BY ino LIMIT ?"
@@ -102,14 +140,20 @@ WITH RECURSIVE below (ino) AS (
     SELECT p.ino FROM paths AS p JOIN below ON p.parent = below.ino WHERE NOT p.gone
 ) SELECT ino FROM below
 """
-_MERGE = """
+VERSION_IN_SQL = (
+    "CASE WHEN {0}etag <> '' THEN 'etag:' || {0}etag WHEN {0}version_id <> '' THEN 'id:' || {0}version_id"
+    " ELSE 'stamp:' || {0}stamp END"
+)
+"""`Version.token` in SQL; `{0}` is the row that it is of."""
+_MERGE = f"""
 INSERT INTO paths (parent, name, kind, size, mtime_ns, mount, key, etag, version_id, stamp, archived)
 SELECT :parent, name, kind, size, mtime_ns, :mount, key, etag, version_id, stamp, archived
 FROM temp.listed WHERE true
 ON CONFLICT (parent, name, kind) DO UPDATE SET
     size = excluded.size, mtime_ns = excluded.mtime_ns, mount = excluded.mount, key = excluded.key,
     etag = excluded.etag, version_id = excluded.version_id, stamp = excluded.stamp,
-    archived = excluded.archived, gone = 0
+    archived = excluded.archived, gone = 0, generation = generation
+        + ((size, {VERSION_IN_SQL.format("")}) IS NOT (excluded.size, {VERSION_IN_SQL.format("excluded.")}))
 WHERE gone OR kind = 2 AND (size, mtime_ns, etag, version_id, stamp, archived) IS NOT
     (excluded.size, excluded.mtime_ns, excluded.etag, excluded.version_id, excluded.stamp, excluded.archived)
 """
@@ -132,14 +176,16 @@ _TOTALS = (
 
 _NEXT_EDITION = "UPDATE meta SET value=value+1 WHERE name='edition' RETURNING value"
 
-Row = tuple[int, int, bytes, int, int, int, int, bytes, str, str, str, int]
+Row = tuple[int, int, bytes, int, int, int, int, bytes, str, str, str, int, int]
 """`COLUMNS`."""
+NewRow = tuple[int, int, bytes, int, int, int, int, bytes, str, str, str, int]
+"""What `INSERT` takes."""
 ListedRow = tuple[bytes, int, int, int, bytes, str, str, str, int]
 
 
 def to_entry(row: Row) -> Entry:
     """An Entry of a row of `COLUMNS`."""
-    ino, parent, name, kind, size, mtime_ns, mount, key, etag, version_id, stamp, archived = row
+    ino, parent, name, kind, size, mtime_ns, mount, key, etag, version_id, stamp, archived, generation = row
     return Entry(
         ino,
         parent or ROOT,
@@ -151,6 +197,7 @@ def to_entry(row: Row) -> Entry:
         key.decode("utf-8", "surrogateescape"),
         Version(etag, version_id, stamp),
         archived != 0,
+        generation,
     )
 
 
@@ -273,6 +320,12 @@ class Database:
             row = connection.execute(_ENTRY, (ino,)).fetchone()
         return to_entry(row) if row else None
 
+    def version(self, ino: int, generation: int) -> Entry | None:
+        """That version of the path `ino` of a live catalogue, if it is kept; the path may be gone."""
+        with self.reading() as connection:
+            row = connection.execute(_VERSION, {"ino": ino, "generation": generation}).fetchone()
+        return to_entry(row) if row else None
+
     def root(self) -> Entry:
         """The root directory, which is always there."""
         found = self.entry(ROOT)
@@ -341,7 +394,8 @@ class Database:
             if (old.size, old.version.token) == (info.size, info.version.token):
                 return None  # a stat may know more of the same version than a listing; that is no news
             run(
-                "UPDATE paths SET size=?, mtime_ns=?, etag=?, version_id=?, stamp=?, archived=? WHERE ino=?",
+                "UPDATE paths SET size=?, mtime_ns=?, etag=?, version_id=?, stamp=?, archived=?,"
+                " generation=generation+1 WHERE ino=?",
                 (info.size, info.mtime_ns, *info.version, int(info.archived), entry.ino),
             )
             run("UPDATE meta SET value=value+? WHERE name='bytes'", (info.size - old.size,))
@@ -501,10 +555,11 @@ def open_pinned(path: str, *, made_for: str, name: str) -> Database:
     return Database(path, pinned=True)
 
 
-def open_live(path: str, *, made_for: str, skeleton: Sequence[Skeleton]) -> Database:
+def open_live(path: str, *, made_for: str, skeleton: Sequence[Skeleton], resumed: bool) -> Database:
     """The live catalogue at `path`; a new one where there is none, or where it is of other mounts, in
     another format or damaged: it holds nothing that cannot be listed again, and entries of another
-    bucket must never be shown. (A process that has the old file open keeps it, without its name.)"""
+    bucket must never be shown. (A process that has the old file open keeps it, without its name.) Unless
+    `resumed`, former versions are forgotten: there is no mount that could still name one."""
     with locked(path + ".lock", wait=True):
         reason = _unfit(path, made_for)
         if reason:
@@ -514,10 +569,13 @@ def open_live(path: str, *, made_for: str, skeleton: Sequence[Skeleton]) -> Data
             for suffix in ("", "-wal", "-shm"):
                 with suppress(FileNotFoundError):
                     os.unlink(path + suffix)
-            try:
+        try:
+            if reason:
                 _create(path, made_for, skeleton, life=_next_life(path + ".lock"))
-            except sqlite3.Error as error:
-                raise IndexBroken(f"the index {path} cannot be made: {error}; check the disk") from error
+            elif not resumed:
+                _forget_former(path)
+        except sqlite3.Error as error:
+            raise IndexBroken(f"the index {path} cannot be written: {error}; check the disk") from error
     return Database(path, pinned=False)
 
 
@@ -574,7 +632,17 @@ def _create(path: str, made_for: str, skeleton: Sequence[Skeleton], *, life: int
         create_schema(connection, _beyond(skeleton, life), {"made_for": made_for})
         connection.execute("UPDATE sqlite_sequence SET seq=max(seq, ?)", (life << _LIFE,))
         create_indexes(connection)
+        connection.execute(_FORMER)
+        connection.execute(_KEEP_FORMER)
         connection.execute("COMMIT")
+    finally:
+        connection.close()
+
+
+def _forget_former(path: str) -> None:
+    connection = _connect(f"file:{quote(path)}?mode=rw")
+    try:
+        connection.execute("DELETE FROM former")
     finally:
         connection.close()
 

@@ -43,8 +43,10 @@ class Index(Protocol):
         """The same from what is known and fresh; None where that would block on the store.
         Raises NoSuchPath where that is known and fresh."""
 
-    def entry(self, ino: int) -> Entry:
-        """The entry of a path as last known, without revalidation. Raises NoSuchPath."""
+    def entry(self, ino: int, generation: int | None = None) -> Entry:
+        """The entry of a path as last known, without revalidation; or, of a `generation`, exactly that
+        version, even if the path has another one now or is gone. Raises NoSuchPath: for a version that
+        nobody has heard of, or that was forgotten (`FORMER_MAX` of them are kept)."""
 
     def current(self, ino: int) -> Entry:
         """The same, revalidated when its TTL has passed. May block on the store."""

@@ -159,20 +159,16 @@ class LiveIndex:
             raise self._no_such(parent, name)
         return entry
 
-    def entry(self, ino: int) -> Entry:
-        if ino == ROOT:
-            return self._root
-        known = self._remembered.ino(ino)
-        if known is not None and known.entry is not None:
-            with self._lock:
-                directory = self._directories.get(known.entry.parent)
-            if directory is not None and directory.edition == known.edition:
-                return known.entry
-        entry = self._database.entry(ino)
-        if entry is not None:  # again, by name: it may have changed before the edition was taken
-            entry = self._child(entry.parent, entry.name)
-        if entry is None or entry.ino != ino:
+    def entry(self, ino: int, generation: int | None = None) -> Entry:
+        entry = self._latest(ino)
+        if entry is not None and (generation is None or generation == entry.generation):
+            return entry
+        if generation is None:
             raise NoSuchPath(f"no path has the inode {ino} any more")
+        # The newest among them as well: it may have come since.
+        entry = self._database.version(ino, generation)
+        if entry is None:
+            raise NoSuchPath(f"version {generation} of the inode {ino} is not known")
         return entry
 
     def current(self, ino: int) -> Entry:
@@ -214,6 +210,21 @@ class LiveIndex:
         self._database.close()
 
     # What is known
+
+    def _latest(self, ino: int) -> Entry | None:
+        """The path `ino` as last known; None when it is gone."""
+        if ino == ROOT:
+            return self._root
+        known = self._remembered.ino(ino)
+        if known is not None and known.entry is not None:
+            with self._lock:
+                directory = self._directories.get(known.entry.parent)
+            if directory is not None and directory.edition == known.edition:
+                return known.entry
+        entry = self._database.entry(ino)
+        if entry is not None:  # again, by name: it may have changed before the edition was taken
+            entry = self._child(entry.parent, entry.name)
+        return entry if entry is not None and entry.ino == ino else None
 
     def _child(self, parent: int, name: bytes) -> Entry | None:
         """`name` in `parent` as last known."""

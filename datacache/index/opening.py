@@ -28,12 +28,14 @@ def open_index(
     manifest: Manifest | None = None,
     cache_entries: int = 100_000,
     on_replaced: Callable[[Sequence[Entry]], None] | None = None,
+    resumed: bool = False,
 ) -> Index:
     """The index of `dataset`, whose mount points are read through `sources`, kept in directory `state`.
 
     A data set of a manifest needs it, as read by `read_manifest`; it is pinned, for a list does not
-    change. `on_replaced` is `LiveIndex`'s. Raises SettingError, NoSuchSnapshot, IndexBroken, and for a new
-    manifest SourceError.
+    change. `on_replaced` is `LiveIndex`'s. `resumed`: for a mount that goes on, whose kernel may name
+    former versions; a live index forgets them otherwise. Raises SettingError, NoSuchSnapshot,
+    IndexBroken, and for a new manifest SourceError.
     """
     layout.check_mounts(dataset)
     try:
@@ -55,6 +57,7 @@ def open_index(
         os.path.join(state, "index.db"),
         made_for=layout.made_for(dataset, sources),
         skeleton=layout.skeleton(dataset),
+        resumed=resumed,
     )
     return LiveIndex(
         database, sources, settings, clock=clock, cache_entries=cache_entries, on_replaced=on_replaced

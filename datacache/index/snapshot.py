@@ -97,7 +97,9 @@ class SnapshotIndex:
     def lookup_nowait(self, parent: int, name: bytes) -> Entry | None:
         return self.lookup(parent, name)
 
-    def entry(self, ino: int) -> Entry:
+    def entry(self, ino: int, generation: int | None = None) -> Entry:
+        if generation:
+            raise NoSuchPath(f"inode {ino} has no version {generation}: here a path has one, number 0")
         if ino == ROOT:
             return self._root
         known = self._remembered.ino(ino)

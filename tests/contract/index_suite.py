@@ -100,6 +100,19 @@ class IndexSuite:
         with pytest.raises(NoSuchPath):
             index.current(4711)
 
+    def test_a_version_is_named_by_inode_and_generation(self, opener: Opener) -> None:
+        """What never changed is generation 0, everywhere; another generation is NoSuchPath."""
+        index = opener([MemorySource(objects=OBJECTS)])
+        for path in ("/", "/train", "/train/a.jpg"):
+            entry = index.resolve(path)
+            assert entry.generation == 0
+            assert index.entry(entry.ino, 0) == entry
+            with pytest.raises(NoSuchPath, match="version 1"):
+                index.entry(entry.ino, 1)
+        assert {e.generation for e in index.children(ROOT)} == {0}
+        with pytest.raises(NoSuchPath):
+            index.entry(4711, 0)
+
     def test_children_come_in_pages_by_inode(self, opener: Opener) -> None:
         """A directory is read in pages of any size, each entry once; the offset is the last inode seen."""
         keys = [f"d/{i:04d}" for i in range(257)] + ["d/sub/x"]

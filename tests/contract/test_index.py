@@ -27,7 +27,7 @@ from datacache.errors import (
     WrongBytes,
 )
 from datacache.index import live
-from datacache.index.database import locked
+from datacache.index.database import FORMER_MAX, VERSION_IN_SQL, locked
 from datacache.index.index import ROOT, Index
 from datacache.index.live import Check, LiveIndex, how_to_check
 from datacache.index.opening import open_index
@@ -56,13 +56,21 @@ class Opened:
         self.state, self.clock = state, clock
         self._indexes: list[Index] = []
 
-    def live(self, sources: Sequence[Source], paths: Sequence[str] = ("/",), **settings: object) -> LiveIndex:
+    def live(
+        self,
+        sources: Sequence[Source],
+        paths: Sequence[str] = ("/",),
+        *,
+        resumed: bool = False,
+        **settings: object,
+    ) -> LiveIndex:
         index = open_index(
             dataset(sources, paths),
             sources,
             IndexSettings(**settings),  # type: ignore[arg-type]
             state=self.state,
             clock=self.clock,
+            resumed=resumed,
         )
         assert isinstance(index, LiveIndex)
         self._indexes.append(index)
@@ -624,6 +632,110 @@ def test_who_keeps_copies_is_told_what_was_replaced(opened: Opened, monkeypatch:
         opened.clock.advance(60)
         index.children(ROOT)
         assert len(told) == 4
+
+
+def test_each_version_of_a_path_has_a_generation_and_stays_known(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaced by a listing, by an object asked for alone, twice, or lost with a directory: the version that
+    was is still told by its number, with all that is needed to read it, and the current one by its own."""
+    monkeypatch.setattr(live, "LISTING_PAGE", 10)
+    source = MemorySource(objects={f"{i:02d}": b"x" for i in range(30)} | {"d/e/f": b"1", "same": b"1"})
+    index = opened.live([source])
+    first = dict(index.walk())
+    opened.clock.advance(60)
+    source.put("00", b"asked for alone")
+    alone = index.resolve("/00")
+    for key in ("00", "01"):
+        source.put(key, b"listed")
+    source.put("same", b"1")
+    source.delete("02")
+    source.delete("d/e/f")
+    index.children(ROOT)
+    listed = {path: index.resolve(path) for path in ("/00", "/01", "/03", "/same")}
+    assert [entry.generation for entry in listed.values()] == [2, 1, 0, 0]
+    assert alone.generation == 1
+    for entry in [*first.values(), alone, *listed.values()]:
+        if entry.key != "same":  # the same version, of another time
+            assert index.entry(entry.ino, entry.generation) == entry
+    for gone in ("/02", "/d/e/f"):
+        with pytest.raises(NoSuchPath):
+            index.entry(first[gone].ino)
+    with pytest.raises(NoSuchPath, match="version 3"):
+        index.entry(alone.ino, 3)
+
+
+def test_a_path_that_comes_back_goes_on_counting(opened: Opened) -> None:
+    """Back as it was, it is the version that it was; back with other bytes, it is another one."""
+    source = MemorySource(objects={"a": b"1", "keep": b""})
+    index = opened.live([source], ttl=0.0)
+    first = index.resolve("/a")
+    for data, generation in ((b"1", 0), (b"22", 1), (b"1", 2)):
+        source.delete("a")
+        with pytest.raises(NoSuchPath):
+            index.resolve("/a")
+        source.put("a", data)
+        back = index.resolve("/a")
+        assert (back.ino, back.generation, back.size) == (first.ino, generation, len(data))
+    assert [index.entry(first.ino, n).size for n in range(3)] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_former_versions_last_as_long_as_the_mount(opened: Opened, resumed: bool) -> None:
+    """Who goes on with a mount finds them; a fresh mount has nobody to ask. Numbers go on either way."""
+    source = MemorySource(objects={"a": b"1"})
+    index = opened.live([source], ttl=0.0)
+    first = index.resolve("/a")
+    source.put("a", b"22")
+    index.resolve("/a")
+    opened.close()
+    index = opened.live([source], ttl=0.0, resumed=resumed)
+    if resumed:
+        assert index.entry(first.ino, 0) == first
+    else:
+        with pytest.raises(NoSuchPath):
+            index.entry(first.ino, 0)
+    assert index.entry(first.ino, 1) == index.resolve("/a")
+    source.put("a", b"333")
+    assert index.resolve("/a").generation == 2
+    assert index.entry(first.ino, 1).size == 2
+
+
+def test_the_newest_former_versions_are_kept(opened: Opened) -> None:
+    """However long a mount lives and however much changes, what it remembers is bounded."""
+    source = MemorySource(objects={"a": b"1"})
+    index = opened.live([source], ttl=0.0)
+    a = index.resolve("/a").ino
+    for data in (b"22", b"333"):
+        source.put("a", data)
+        index.resolve("/a")
+    with closing(sqlite3.connect(os.path.join(opened.state, "index.db"))) as connection, connection:
+        connection.execute(
+            "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < ?) INSERT INTO former"
+            " (ino, generation, size, mtime_ns, etag, version_id, stamp, archived)"
+            " SELECT 1000000 + i, 0, 0, 0, '', '', '', 0 FROM n",
+            (FORMER_MAX - 2,),
+        )
+    assert index.entry(a, 0).size == 1
+    source.put("a", b"4444")
+    assert index.resolve("/a").generation == 3
+    assert [index.entry(a, n).size for n in (1, 2, 3)] == [2, 3, 4]
+    with pytest.raises(NoSuchPath):
+        index.entry(a, 0)
+    with closing(sqlite3.connect(os.path.join(opened.state, "index.db"))) as connection:
+        assert connection.execute("SELECT count(*) FROM former").fetchone() == (FORMER_MAX,)
+
+
+@pytest.mark.parametrize("etag", ["", '"e"'])
+@pytest.mark.parametrize("version_id", ["", "v"])
+@pytest.mark.parametrize("stamp", ["", "1-2"])
+def test_the_catalogue_tells_versions_apart_as_everybody_does(etag: str, version_id: str, stamp: str) -> None:
+    """What SQL takes for the token of a version is the version's token."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("CREATE TABLE v (etag, version_id, stamp)")
+        connection.execute("INSERT INTO v VALUES (?,?,?)", (etag, version_id, stamp))
+        token = connection.execute(f"SELECT {VERSION_IN_SQL.format('v.')} FROM v").fetchone()[0]
+    assert token == Version(etag, version_id, stamp).token
 
 
 def test_two_processes_on_one_index(opened: Opened) -> None:

@@ -1,9 +1,10 @@
 """
 The live index and snapshots against a dict, under random changes of the bucket, time, faults and restarts.
 
-The oracle keeps what every key was and when. Three things must hold at any moment: an answer was true
-at most TTL ago; right after the TTL a walk shows exactly the bucket; and a path has one inode for ever,
-which no other path ever has.
+The oracle keeps what every key was and when. Four things must hold at any moment: an answer was true
+at most TTL ago; right after the TTL a walk shows exactly the bucket; a path has one inode for ever,
+which no other path ever has; and inode and generation name one version for ever, which is told for as long
+as a mount that saw it goes on.
 """
 
 import shutil
@@ -21,7 +22,7 @@ from datacache.index import live
 from datacache.index.index import Index
 from datacache.index.opening import open_index
 from datacache.index.snapshot import create_snapshot, diff_snapshots
-from datacache.model import Dataset, Kind, MountPoint
+from datacache.model import Dataset, Entry, Kind, MountPoint
 from datacache.sources.faulty import Fail, FaultySource
 from datacache.sources.memory import MemorySource
 from tests.unit.test_names import paths as shown_paths
@@ -65,14 +66,19 @@ class IndexMachine(RuleBasedStateMachine):
         self.history: dict[str, list[tuple[float, tuple[int, str] | None]]] = {}
         self.inos: dict[int, tuple[str, Kind]] = {}
         self.by_path: dict[tuple[str, Kind], int] = {}
+        # By inode and generation: which version that is, and which ones a kernel may still ask for.
+        self.versions: dict[tuple[int, int], tuple[int, str]] = {}
+        self.askable: set[tuple[int, int]] = set()
+        self.newest: dict[int, int] = {}
         self.snapshots: list[dict[str, tuple[int, str]]] = []
         self.index = self.open()
 
-    def open(self, snapshot: str = "") -> Index:
+    def open(self, snapshot: str = "", *, resumed: bool = False) -> Index:
         options = IndexSettings(ttl=TTL, snapshot=snapshot)
         return open_index(
-            DATASET, [self.source], options, state=self.state, clock=self.clock, cache_entries=5
-        )
+            DATASET, [self.source], options, state=self.state, clock=self.clock, cache_entries=5,
+            resumed=resumed,
+        )  # fmt: skip
 
     def truth(self) -> dict[str, tuple[int, str]]:
         """Every path that should be shown now, with its size and version."""
@@ -95,9 +101,18 @@ class IndexMachine(RuleBasedStateMachine):
         ends = [at for at, _ in steps[1:]] + [float("inf")]
         return [what for (_, what), end in zip(steps, ends, strict=True) if end >= since]
 
-    def meet(self, path: str, ino: int, kind: Kind) -> None:
+    def meet(self, path: str, entry: Entry) -> None:
+        ino, kind = entry.ino, entry.kind
         assert self.inos.setdefault(ino, (path, kind)) == (path, kind), "an inode names two paths"
         assert self.by_path.setdefault((path, kind), ino) == ino, "a path changed its inode"
+        known, version = (ino, entry.generation), (entry.size, entry.version.token)
+        assert self.versions.setdefault(known, version) == version, "a generation is two versions"
+        newest = self.newest.get(ino, 0)
+        assert entry.generation >= newest, "a generation came back"
+        if entry.generation > newest and (ino, newest) in self.versions and entry.generation == newest + 1:
+            assert self.versions[ino, newest] != version, "one version after the other is two generations"
+        self.newest[ino] = entry.generation
+        self.askable.add(known)
 
     @rule(key=KEYS, data=st.binary(max_size=2))
     def put(self, key: str, data: bytes) -> None:
@@ -130,12 +145,13 @@ class IndexMachine(RuleBasedStateMachine):
             # Each directory above may be as old as the TTL on its own: then the path was missing or hidden.
             assert None in self.lately(path) or self.hidden_lately(path), path
             return
-        self.meet(path, entry.ino, entry.kind)
+        self.meet(path, entry)
         assert self.index.path(entry.ino) == path
         if entry.kind is Kind.FILE:
             assert (entry.size, entry.version.token) in self.lately(path), path
             current = self.index.current(entry.ino)
             assert (current.size, current.version.token) in self.lately(path), path
+            self.meet(path, current)
 
     def hidden_lately(self, path: str) -> bool:
         """Whether a directory above `path` was not there in the last TTL."""
@@ -157,7 +173,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.clock.advance(TTL)
         found = {}
         for path, entry in self.index.walk():
-            self.meet(path, entry.ino, entry.kind)
+            self.meet(path, entry)
             found[path] = (entry.size, entry.version.token)
         assert found == self.truth()
         stats = self.index.stats()
@@ -170,7 +186,7 @@ class IndexMachine(RuleBasedStateMachine):
         known = dict(self.history)
         try:
             for path, entry in self.index.walk():
-                self.meet(path, entry.ino, entry.kind)
+                self.meet(path, entry)
                 assert any(what == (entry.size, entry.version.token) for _, what in known[path])
         except Unavailable:
             pass
@@ -182,19 +198,24 @@ class IndexMachine(RuleBasedStateMachine):
             except Unavailable:
                 continue
 
-    @rule()
-    def restart(self) -> None:
+    @rule(resumed=st.booleans())
+    def restart(self, resumed: bool) -> None:
         self.index.close()
-        self.index = self.open()
+        self.reopen(resumed)
 
-    @rule()
-    def killed(self) -> None:
+    def reopen(self, resumed: bool) -> None:
+        self.index = self.open(resumed=resumed)
+        if not resumed:
+            self.askable.clear()
+
+    @rule(resumed=st.booleans())
+    def killed(self, resumed: bool) -> None:
         """The next process finds the database as the last one left it, log and all."""
         shutil.copytree(self.state, self.state + ".copy")
         self.index.close()
         shutil.rmtree(self.state)
         shutil.move(self.state + ".copy", self.state)
-        self.index = self.open()
+        self.reopen(resumed)
 
     @precondition(lambda self: len(self.snapshots) < 4)
     @rule()
@@ -230,6 +251,18 @@ class IndexMachine(RuleBasedStateMachine):
             except NoSuchPath:
                 continue
             assert (self.index.path(ino), entry.kind) == (path, kind)
+
+    @rule()
+    def ask_for_versions(self) -> None:
+        """What was shown is told by its numbers, however much has happened since; forgotten, or right."""
+        for (ino, generation), version in self.versions.items():
+            try:
+                entry = self.index.entry(ino, generation)
+            except NoSuchPath:
+                assert (ino, generation) not in self.askable, "a version that may be open was forgotten"
+                continue
+            assert (entry.ino, entry.generation) == (ino, generation)
+            assert (entry.size, entry.version.token, entry.kind) == (*version, self.inos[ino][1])
 
     def teardown(self) -> None:
         self.index.close()

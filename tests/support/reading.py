@@ -69,8 +69,10 @@ class ListedIndex:
     def lookup_nowait(self, parent: int, name: bytes) -> Entry | None:
         return self.lookup(parent, name)
 
-    def entry(self, ino: int) -> Entry:
+    def entry(self, ino: int, generation: int | None = None) -> Entry:
         self.before_entry(ino)
+        if generation:
+            raise NoSuchPath(f"no such version: {generation} of number {ino}")
         try:
             return self._paths[self._inos[ino]]
         except KeyError:

@@ -26,7 +26,7 @@ def main(directory: str, how: str) -> None:
     def lookup(parent: int, name: bytes) -> Entry:
         return ENTRIES[name]
 
-    def entry(ino: int) -> Entry:
+    def entry(ino: int, generation: int | None = None) -> Entry:
         return next(found for found in ENTRIES.values() if found.ino == ino)
 
     index: Any = SimpleNamespace(lookup_nowait=lookup, entry=entry, fresh_for=lambda parent: 0.0)
