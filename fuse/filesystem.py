@@ -27,7 +27,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from datacache.cache.tier import Tier
 from datacache.clock import Clock, SystemClock
 from datacache.config.settings import MountSettings
 from datacache.errors import (
@@ -42,7 +41,7 @@ from datacache.errors import (
     VersionChanged,
 )
 from datacache.index.index import ROOT, Index
-from datacache.model import Buffer, CacheKey, Entry, Kind
+from datacache.model import Buffer, ByteRange, CacheKey, Coverage, Entry, Kind
 from fuse.nodes import Nodes, Stale
 
 log = logging.getLogger(__name__)
@@ -99,6 +98,12 @@ class Opener(Protocol):
 
     def open(self, entry: Entry) -> OpenFile: ...
     def cache_key(self, entry: Entry) -> CacheKey: ...
+
+
+class Copies(Protocol):
+    """What is asked of a tier."""
+
+    def ranges(self, key: CacheKey) -> list[ByteRange]: ...
 
 
 class Attributes(NamedTuple):
@@ -185,7 +190,7 @@ class FileSystem:
         reader: Opener,
         settings: MountSettings,
         *,
-        tiers: Mapping[str, Tier] | None = None,
+        tiers: Mapping[str, Copies] | None = None,
         clock: Clock | None = None,
     ) -> None:
         """`tiers` by name, for the extended attributes."""
@@ -326,12 +331,14 @@ class FileSystem:
         if name not in _XATTRS or (entry := self._entry(node)).kind is not Kind.FILE:
             raise Refused(errno.ENODATA)
         key = self._reader.cache_key(entry)
-        present = {tier: count for tier, held in self._tiers.items() if (count := held.present(key))}
+        held = {tier: ranges for tier, copies in self._tiers.items() if (ranges := copies.ranges(key))}
         value = {
-            b"user.datacache.uri": f"{key.source.rstrip('/')}/{key.key}",
+            b"user.datacache.uri": f"{key.source.partition('?')[0].rstrip('/')}/{key.key}",
             b"user.datacache.version": key.token,
-            b"user.datacache.tier": ",".join(present),
-            b"user.datacache.cached": str(max(present.values(), default=0)),
+            b"user.datacache.tier": ",".join(held),
+            b"user.datacache.cached": str(
+                Coverage(span for ranges in held.values() for span in ranges).length
+            ),
         }[name]
         return value.encode("utf-8", "surrogateescape")
 

@@ -156,7 +156,7 @@ class _Operations(pyfuse3.Operations):
 
     @_answered
     async def getxattr(self, inode: int, name: bytes, ctx: object) -> bytes:
-        return self.files.getxattr(inode, name)
+        return await self._in_thread(self.files.getxattr, inode, name)  # it looks into the tiers
 
     @_answered
     async def listxattr(self, inode: int, ctx: object) -> Sequence[bytes]:

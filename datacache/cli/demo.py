@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import secrets
 import signal
 import subprocess
@@ -106,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 when everything worked."""
     console = Console(highlight=False)
-    if args.s3 and not args.s3.startswith(("http://", "https://")):
+    if args.s3 and not re.match(r"https?://[^/]", args.s3):
         raise SettingError("--s3", args.s3, "a URL such as http://127.0.0.1:9000")
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="datacache-demo-")))
@@ -114,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
         sample = _sample(Path(args.data) if args.data else None, slow=server.kind == "moto")
         console.print(
             f"[bold]{server.kind}[/] at {server.endpoint}; "
-            f"{format_size(sample.bytes)} of {sample.root}: {sample.described}"
+            f"{format_size(sample.bytes)} of {sample.root}: {sample.described}",
+            soft_wrap=True,
         )
         try:
             bucket = stack.enter_context(_bucket(server, sample, console))

@@ -94,8 +94,9 @@ def mount(settings: "Settings", *, foreground: bool) -> int:
     if (already := _already(settings)) is not None:
         return already
     mountpoint.check_target(directory, [settings.state, *(tier.path for tier in settings.cache.tiers)])
+    _check_runtime(settings.runtime)
     if not foreground and not settings.log_file:
-        settings = replace(settings, log_file=os.path.join(settings.state, "mount.log"))
+        settings = replace(settings, log_file=_log_in(settings.state))
     daemon = Daemon(settings)
     try:
         with _locked(directory):
@@ -134,11 +135,7 @@ class Daemon:
         """Start the process and hand it its settings. It ends by itself when it does not get them all."""
         from datacache.config.parsing import dump_settings
 
-        log = None
-        if self._log_file:
-            os.makedirs(os.path.dirname(self._log_file), mode=0o700, exist_ok=True)
-            log = os.open(self._log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            self._log_start = os.fstat(log).st_size
+        log = self._open_log() if self._log_file else None
         self._ready, theirs = os.pipe()
         try:
             # -P and "/": the daemon is our `fuse`, not a fuse.py that happens to lie where the user is,
@@ -157,6 +154,17 @@ class Daemon:
         with suppress(BrokenPipeError):  # it died; what it wrote says why
             self._process.stdin.write(dump_settings(self._settings).encode())
             self._process.stdin.close()
+
+    def _open_log(self) -> int:
+        try:
+            os.makedirs(os.path.dirname(self._log_file), mode=0o700, exist_ok=True)
+            log = os.open(self._log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        except OSError as error:
+            of_state = self._log_file == _log_in(self._settings.state)
+            name, value = ("state", self._settings.state) if of_state else ("log-file", self._log_file)
+            raise SettingError(name, value, f"one that can be made and written ({error.strerror})") from error
+        self._log_start = os.fstat(log).st_size
+        return log
 
     def wait_until_mounted(self) -> None:
         """Return when the daemon says that its mount is up. Raises what it says otherwise."""
@@ -257,6 +265,21 @@ class _Refused(SettingError):
 
     def __init__(self, message: str) -> None:
         DatacacheError.__init__(self, message)
+
+
+def _log_in(state: str) -> str:
+    """Where a mount in the background logs, unless it is told otherwise."""
+    return os.path.join(state, "mount.log")
+
+
+def _check_runtime(directory: str) -> None:
+    """Make the directory of the control sockets, before anything is started that would need it."""
+    from datacache.cluster.registry import make_private
+
+    try:
+        make_private(directory)
+    except ControlError as error:
+        raise SettingError("DATACACHE_RUNTIME", directory, f"a directory for sockets ({error})") from error
 
 
 def _split(words: list[str]) -> tuple[list[str], str]:

@@ -143,6 +143,13 @@ def _text(text: str) -> str:
     return text
 
 
+def _region(text: str) -> str:
+    # It becomes a part of host names.
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", text, re.ASCII) or text.isdigit():
+        raise ValueError
+    return text
+
+
 def _name(text: str) -> str:
     # It becomes the name of directories.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text, re.ASCII):
@@ -162,6 +169,7 @@ def _uri(text: str) -> str:
 
 
 TEXT = Kind("a text", _text)
+REGION = Kind("the name of a region, such as eu-west-1", _region)
 _BOOLEAN = Kind("true or false", {"true": True, "false": False}.__getitem__, lambda value: str(value).lower())
 PATH = Kind("an absolute path", _path)
 NAME = Kind("letters, digits, dots, dashes and underscores, up to 100, the first a letter or digit", _name)
@@ -200,7 +208,7 @@ KEYS: Mapping[str, Key] = {
         Key("manifest", "dataset", URI),
         Key("name", "dataset", NAME),
         Key("endpoint", "options", Kind("the URL of a store, such as http://127.0.0.1:9000", _uri)),
-        Key("region", "options", TEXT),
+        Key("region", "options", REGION),
         Key("profile", "options", TEXT),
         Key("anonymous", "options", _BOOLEAN),
         Key("path-style", "options", _BOOLEAN),

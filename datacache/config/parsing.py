@@ -93,7 +93,9 @@ def read_settings(
     Raises SettingError.
     """
     layers = [
-        _from_file(config_file or environment.get(f"{PREFIX}CONFIG") or ""),
+        _from_file(config_file, "--config")
+        if config_file
+        else _from_file(environment.get(f"{PREFIX}CONFIG", ""), f"{PREFIX}CONFIG"),
         _from_environment(environment),
         _from_flags(flags),
     ]
@@ -175,28 +177,29 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _from_file(path: str) -> dict[str, _Given]:
+def _from_file(path: str, asked: str) -> dict[str, _Given]:
+    """What the file at `path` gives; `asked` is what named it."""
     if not path:
         return {}
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_FILE + 1)
     except OSError as error:
-        raise SettingError("--config", path, f"a file that can be read ({error.strerror})") from error
+        raise SettingError(asked, path, f"a file that can be read ({error.strerror})") from error
     if len(raw) > MAX_FILE:
-        raise SettingError("--config", path, f"a datacache.yaml of at most {spell_size(MAX_FILE)}")
+        raise SettingError(asked, path, f"a datacache.yaml of at most {spell_size(MAX_FILE)}")
     try:
         tree = yaml.load(raw, _Loader)  # noqa: S506  a BaseLoader: it makes texts, lists and mappings
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}: {error.problem})" if mark else ""
-        raise SettingError("--config", path, f"valid YAML{where}") from error
+        raise SettingError(asked, path, f"valid YAML{where}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise SettingError("--config", path, "valid YAML, in UTF-8") from error
+        raise SettingError(asked, path, "valid YAML, in UTF-8") from error
     if tree in (None, ""):
         return {}
     if not isinstance(tree, dict):
-        raise SettingError("--config", path, "a mapping of keys to values, such as `ttl: 60s`")
+        raise SettingError(asked, path, "a mapping of keys to values, such as `ttl: 60s`")
     for name in tree:
         _refuse_secret(name, path)
         if name not in KEYS:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit, urlunsplit
 
 from datacache.clock import Clock
+from datacache.config.keys import REGION
 from datacache.config.settings import SourceSettings
 from datacache.errors import SettingError
 from datacache.model import MountPoint
@@ -265,12 +266,20 @@ def _s3(name: str, prefix: str, given: _Options, environment: Environment) -> Ma
         ca_bundle=given.file("ca_bundle"), profile=given.text("profile"),
         keyfile=given.file("credentials", or_directory=True), environment=environment,
     )  # fmt: skip
-    return _s3_maker(find_bucket(asked), "AWS_ENDPOINT_URL")
+    variable = "AWS_ENDPOINT_URL_S3" if environment.get("AWS_ENDPOINT_URL_S3") else "AWS_ENDPOINT_URL"
+    return _s3_maker(find_bucket(asked), variable)
 
 
 def _s3_maker(bucket: Bucket, variable: str) -> Maker:
     if bucket.endpoint:
         bucket = replace(bucket, endpoint=_endpoint(variable, bucket.endpoint))
+    if bucket.region:
+        try:
+            REGION.read(bucket.region)
+        except (
+            ValueError
+        ) as error:  # of an option, a variable or a profile: botocore would say it of each read
+            raise SettingError("region", bucket.region, REGION.expected) from error
     if bucket.ca_bundle:
         _check_file("AWS_CA_BUNDLE", bucket.ca_bundle)
     if bucket.style == "cname" and not bucket.endpoint:

@@ -89,8 +89,9 @@ def make(tmp_path: Path, clock: VirtualClock) -> Iterator[Maker]:
         mount: MountSettings | None = None,
         index: IndexSettings | None = None,
         objects: dict[str, bytes] = OBJECTS,
+        uri: str = "memory://bucket",
     ) -> Mounted:
-        source = MemorySource("memory://bucket", objects)
+        source = MemorySource(uri, objects)
         door = FaultySource(source)
         catalogue = open_index(
             Dataset("test", (MountPoint("memory://bucket"),)),
@@ -488,6 +489,24 @@ def test_extended_attributes_tell_where_bytes_come_from_and_lie(make: Maker) -> 
     with pytest.raises(Refused) as missing:
         it.files.getxattr(node, b"security.capability")
     assert missing.value.errno == errno.ENODATA
+
+
+def test_extended_attributes_of_a_file_that_two_tiers_share(make: Maker) -> None:
+    """What spills over is counted with the rest; the address has no options of ours in it."""
+    it = make(uri="memory://bucket?endpoint=http://minio:9000")
+    node = it.node("dir/b.bin")
+    key = it.reader.cache_key(it.index.resolve("/dir/b.bin"))
+    upper, lower = MemoryTier(name="mem:/x"), MemoryTier(name="ssd:/y")
+    size = len(OBJECTS["dir/b.bin"])
+    for tier, span in ((upper, ByteRange(0, 100_000)), (lower, ByteRange(90_000, size))):
+        copy = tier.open(key)
+        copy.fill(span.start, OBJECTS["dir/b.bin"][span.start : span.stop])
+        copy.close()
+    tiers = {"mem:/x": upper, "ssd:/y": lower}
+    files = FileSystem(it.index, it.reader, MountSettings(xattr=True), tiers=tiers)
+    assert files.getxattr(node, b"user.datacache.uri") == b"memory://bucket/dir/b.bin"
+    assert files.getxattr(node, b"user.datacache.tier") == b"mem:/x,ssd:/y"
+    assert files.getxattr(node, b"user.datacache.cached") == str(size).encode()
 
 
 def test_without_the_setting_extended_attributes_do_not_exist(make: Maker) -> None:

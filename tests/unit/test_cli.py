@@ -172,6 +172,9 @@ WRONG = [
     (["snapshot", "diff", "file:///data", "a"], "the names of two snapshots expected"),
     (["snapshot", "list", "file:///data", "a"], "no snapshot name expected"),
     (["doctor", "file:///data", "--cache", "ssd"], "--cache: 'ssd' will not do"),
+    (["demo", "--s3", "http://"], "--s3: 'http://' will not do"),
+    (["demo", "--s3", "minio:9000"], "--s3: 'minio:9000' will not do"),
+    (["demo", "--data", "/no/such/directory"], "--data: '/no/such/directory' will not do"),
 ]
 
 
@@ -1127,6 +1130,25 @@ def test_a_daemon_that_never_mounts_is_killed(
     assert "still mounting" in still
     assert "not mounted after" in failed
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+
+
+@needs_fuse
+@pytest.mark.parametrize("key", ["state", "log-file", "DATACACHE_RUNTIME"])
+def test_a_directory_that_cannot_be_made_is_named(
+    bucket: str, say: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Found out before anything is started: one line with the setting and its value, code 2."""
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "file").touch()
+    wrong = str(tmp_path / "file" / "below")
+    words = ["mount", bucket, str(tmp_path / "mnt")]
+    if key.startswith("DATACACHE_"):
+        monkeypatch.setenv(key, wrong)
+    else:
+        words += [f"--{key}", wrong]
+    code, out, err = say(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{key}: {wrong!r} will not do" in err
 
 
 @needs_fuse

@@ -109,6 +109,8 @@ def test_wrong_variables_are_refused_by_name(tmp_path: Path) -> None:
     assert refused("s3://bucket", {"AWS_CA_BUNDLE": "/no/such"}).name == "AWS_CA_BUNDLE"
     assert refused("s3://bucket", {"AWS_PROFILE": "nobody"}).value == "nobody"
     assert refused("s3://bucket", {"AWS_ENDPOINT_URL": "minio"}).name == "AWS_ENDPOINT_URL"
+    assert refused("s3://bucket", {"AWS_ENDPOINT_URL_S3": "minio"}).name == "AWS_ENDPOINT_URL_S3"
+    assert refused("s3://bucket", {"AWS_REGION": "eu west"}).name == "region"
     assert refused("oss://bucket", {"OSS_ENDPOINT": "https://a b"}).name == "OSS_ENDPOINT"
     assert (
         refused("gs://bucket", {"GOOGLE_APPLICATION_CREDENTIALS": "/no"}).name

@@ -222,7 +222,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
      "--endpoint: 'localhost:9000' will not do; expected the URL of a store, such as http://127.0.0.1:9000"),
     ({"endpoint": "http://me:hunter2@h:1"},
      "--endpoint: 'http://***@h:1' will not do; expected a URI without user, password or signature in it"),
-    ({"region": ""}, "--region: '' will not do; expected a text"),
+    ({"region": ""}, "--region: '' will not do; expected the name of a region, such as eu-west-1"),
+    ({"region": "eu west"},
+     "--region: 'eu west' will not do; expected the name of a region, such as eu-west-1"),
     ({"option": "region"},
      "--option: 'region' will not do; expected KEY=VALUE, an option of the source (docs/sources.md)"),
     ({"option": ["region=a", "region=b"]}, "--option: 'region' will not do; expected each option once"),
@@ -258,7 +260,8 @@ WRONG_VARIABLES = [
      "expected a setting that there is; did you mean DATACACHE_BLOCK_SIZE?"),
     ({"DATACACHE_RUNTIME": "run"}, "DATACACHE_RUNTIME: 'run' will not do; expected an absolute path"),
     ({"DATACACHE_CONFIG": "/nowhere/x.yaml"},
-     "--config: '/nowhere/x.yaml' will not do; expected a file that can be read (No such file or directory)"),
+     "DATACACHE_CONFIG: '/nowhere/x.yaml' will not do; "
+     "expected a file that can be read (No such file or directory)"),
 ]  # fmt: skip
 
 
