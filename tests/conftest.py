@@ -76,12 +76,6 @@ def _mounts() -> set[str]:
     return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
 
 
-def _of_another_run(mount: str, ours: pytest.TempPathFactory) -> bool:
-    """Whether it lies in the temporary directory of other tests that run at the same time."""
-    base = ours.getbasetemp()
-    return Path(mount).is_relative_to(base.parent) and not Path(mount).is_relative_to(base)
-
-
 def _leaked_files(before: dict[int, str]) -> list[str]:
     # Sockets of pooled connections and epoll instances belong to clients that outlive a test.
     return sorted(
@@ -102,7 +96,9 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         time.sleep(0.01)
     assert not (left := _threads() - threads), f"threads left behind: {left}"
     assert not (left_files := _leaked_files(files)), f"files left open: {left_files}"
-    left_mounts = {mount for mount in _mounts() - mounts if not _of_another_run(mount, tmp_path_factory)}
+    # All that a test mounts lies there; elsewhere others mount while we run.
+    base = tmp_path_factory.getbasetemp()
+    left_mounts = {mount for mount in _mounts() - mounts if Path(mount).is_relative_to(base)}
     assert not left_mounts, f"left mounted: {left_mounts}"
 
 
