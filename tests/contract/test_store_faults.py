@@ -243,7 +243,7 @@ def test_a_listing_survives_a_bad_page(s3: FaultyS3, fault: Fault) -> None:
     keys = sorted(["o", ODD, *(f"k{i:04d}" for i in range(2500))])
     for key in keys:
         s3.put(key, BODY if key in ("o", ODD) else b"")
-    with closing(opened(s3)) as source:
+    with closing(opened(s3, replace(QUICK, timeout=5.0))) as source:  # 1000 objects take this server a while
         s3.add("list", None, fault, None, fault)
         listed = [o.key for page in source.list("", recursive=True) for o in page.objects]
     assert listed == keys
