@@ -186,14 +186,20 @@ def cut_once(disk: Ext4, seed: int) -> tuple[int, int]:
     names = {f"{n}/{k}" for n in range(3) for k in range(60)}
     for each in sorted(object_of(name) for name in names):
         file = tier.open(each)
-        for span in tier.ranges(each):
-            for start in range(span.start, span.stop, 16384):
-                piece = ByteRange(start, min(start + 16384, span.stop))
-                try:
-                    assert bytes(file.read(piece)) == content(each)[piece.start : piece.stop], "a wrong byte"
-                    right += 1
-                except Damaged:
-                    damaged += 1
+        dropped = -1
+        while dropped:  # a read that runs into what was just dropped says nothing of the blocks behind it
+            dropped = 0
+            for span in tier.ranges(each):
+                for start in range(span.start, span.stop, 16384):
+                    piece = ByteRange(start, min(start + 16384, span.stop))
+                    try:
+                        assert bytes(file.read(piece)) == content(each)[piece.start : piece.stop], (
+                            "a wrong byte"
+                        )
+                        right += 1
+                    except Damaged:
+                        dropped += 1
+            damaged += dropped
         for span in filler.synced[each].ranges():
             assert file.gaps(span) == [], "what was synced is not there"
         assert bytes(file.read(ByteRange(0, 0))) == b"" and whole(each)

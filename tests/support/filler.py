@@ -1,8 +1,8 @@
 """
 A process that fills a cache directory until it is killed: `python -m tests.support.filler DIR SEED`.
 
-It says what it has done, a line each, when it is done and not before: `filled KEY START STOP`,
-`evicted KEY` and, for entries that it never evicts, `synced KEY`.
+It says what it has done, a line each, when it is done and not before: `filled KEY START STOP` and, for
+entries that it never evicts, `synced KEY`; and what it is about to do: `evicted KEY`.
 """
 
 import os
@@ -58,8 +58,8 @@ def main() -> None:
             file.close()
             what = chance.random()
             if what < 0.1 and int(each.key.rpartition("/")[2]) >= 20:
+                say("evicted", each.key)  # before, lest it dies between the two
                 tier.evict(each)
-                say("evicted", each.key)
             elif what < 0.15 and tier.store is not None:
                 tier.store.catalogue.checkpoint()  # rows become durable, bytes do not
             elif what < 0.18 and number == 0:
