@@ -31,7 +31,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from datacache.cli.s3server import S3Server, find_versitygw, moto, versitygw
+from datacache.cli.s3server import ENDING, S3Server, end, find_versitygw, moto, uninterrupted, versitygw
 from datacache.clock import SystemClock
 from datacache.errors import DatacacheError, SettingError
 from datacache.model import MiB, format_size
@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     if args.s3 and not re.match(r"https?://[^/]", args.s3):
         raise SettingError("--s3", args.s3, "a URL such as http://127.0.0.1:9000")
     with contextlib.ExitStack() as stack:
+        for number in ENDING:  # first, so that they are restored last
+            stack.callback(signal.signal, number, signal.getsignal(number))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="datacache-demo-")))
         server = stack.enter_context(_server(args.s3))
         sample = _sample(Path(args.data) if args.data else None, slow=server.kind == "moto")
@@ -125,10 +127,11 @@ def run(args: argparse.Namespace) -> int:
             return 0 if _honest(sample, results, console) else 1
         except KeyboardInterrupt:
             console.print("interrupted: taking everything down")
-            # Once is enough: a second Ctrl-C would leave behind what the first one is taking down.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise
+        finally:
+            # From here on a Ctrl-C, a second one too, would leave behind what is being taken down.
+            for number in ENDING:
+                signal.signal(number, signal.SIG_IGN)
 
 
 # ---- the bucket -----------------------------------------------------------------------------------
@@ -270,17 +273,16 @@ class _Shell:
     def _run(self, *words: str, live: bool = False) -> str:
         command = [sys.executable, "-m", "datacache.cli.main", *words]
         to = None if live else subprocess.PIPE
-        with subprocess.Popen(command, env=self._environment, stdout=to, stderr=to, text=True) as child:
-            try:
-                out, err = child.communicate()
-            except BaseException:
-                # It is not killed, as by subprocess.run: a `mount` that is interrupted ends its daemon.
-                child.terminate()
-                try:
-                    child.wait(CHILD_TIMEOUT)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                raise
+        child = None
+        try:
+            with uninterrupted():
+                child = subprocess.Popen(command, env=self._environment, stdout=to, stderr=to, text=True)
+            out, err = child.communicate()
+        except BaseException:
+            # It is not killed, as by subprocess.run: a `mount` that is interrupted ends its daemon.
+            if child is not None:
+                end(child, patience=CHILD_TIMEOUT)
+            raise
         if child.returncode:
             reason = (err or "").strip().removeprefix("datacache: error: ")
             raise DatacacheError(f"datacache {words[0]} failed: {reason or 'it said why above'}")

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from datacache.cli import flags
 from datacache.errors import ControlError, DatacacheError, Denied, MountError, NotFound, SettingError
@@ -97,6 +97,12 @@ def mount(settings: "Settings", *, foreground: bool) -> int:
     _check_runtime(settings.runtime)
     if not foreground and not settings.log_file:
         settings = replace(settings, log_file=_log_in(settings.state))
+    with _interrupted_once():
+        return _mounted(settings, foreground=foreground)
+
+
+def _mounted(settings: "Settings", *, foreground: bool) -> int:
+    directory = settings.mount.directory
     daemon = Daemon(settings)
     try:
         with _locked(directory):
@@ -390,6 +396,31 @@ def _tell_systemd(state: str) -> None:
         address = "\0" + address[1:]
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
         to.sendto(state.encode(), address)
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """The first signal that ends us is raised here and makes us deaf for more: a second one, in the middle
+    of what the first one makes us do, would leave a daemon that mounts for nobody."""
+    from datacache.cli.main import Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        for ending in before:
+            signal.signal(ending, signal.SIG_IGN)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -10,17 +10,24 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 from urllib.parse import unquote
 
 from datacache.errors import DatacacheError
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+"""Signals by which people and service managers end a command."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,16 @@ def versitygw(binary: str, *, versioning: bool = False) -> Iterator[S3Server]:
         port = _free_port()
         command = [binary, "--quiet", "--access-log", str(log), "--port", f"127.0.0.1:{port}", "posix"]
         command += ["--versioning-dir", str(versions)] if versioning else []
-        process = subprocess.Popen(
-            [*command, str(objects)],
-            env={"PATH": os.defpath, "ROOT_ACCESS_KEY": access, "ROOT_SECRET_KEY": secret},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C is for us: reads under way would wait for a store that died
-        )
+        process = None
         try:
+            with uninterrupted():
+                process = subprocess.Popen(
+                    [*command, str(objects)],
+                    env={"PATH": os.defpath, "ROOT_ACCESS_KEY": access, "ROOT_SECRET_KEY": secret},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # a Ctrl-C is for us: readers would wait for a store that died
+                )
             _wait_listening(port, process)
             yield S3Server(
                 kind="versitygw",
@@ -70,8 +79,42 @@ def versitygw(binary: str, *, versioning: bool = False) -> Iterator[S3Server]:
                 asked=lambda: _read_log(log),
             )
         finally:
-            process.terminate()
-            process.wait(10)
+            if process is not None:
+                end(process, patience=10)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that end us come when the block is left: nobody would know of a process that is being made.
+
+    They are caught, not blocked: a child would inherit that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    came: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, remember) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
+def end(process: "subprocess.Popen[Any]", *, patience: float) -> None:
+    """Let `process` end by itself, or else kill it after `patience` seconds."""
+    process.terminate()
+    try:
+        process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 @contextlib.contextmanager
