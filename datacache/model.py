@@ -280,6 +280,8 @@ class Coverage:
 
     def remove(self, span: ByteRange) -> None:
         """Take `span` out of the set."""
+        if span.start >= span.stop:
+            return  # or a range around it would be cut in two
         kept = [r for r in self.ranges() if r.stop <= span.start or r.start >= span.stop]
         for r in self.ranges():
             if r.stop > span.start and r.start < span.stop:

@@ -52,14 +52,20 @@ _SMALLEST = 64 * MiB
 
 
 class Worker:
-    """A data set at work. `mount` is where it is, or will be, mounted; empty for none. `resumed`: that
-    mount is there already, and this worker goes on where another one stopped."""
+    """A data set at work. `mount` is where it is, or will be, mounted; empty for none.
+
+    `pid` is the process that others know it by, where that is not this one; `resumed` says that the mount
+    was served by another before, so that names which the kernel was told then mean something.
+    """
 
     def __init__(
-        self, settings: Settings, *, clock: Clock | None = None, mount: str = "", resumed: bool = False
-    ) -> None:
+        self, settings: Settings, *, clock: Clock | None = None, mount: str = "", pid: int | None = None,
+        resumed: bool = False,
+    ) -> None:  # fmt: skip
         self.clock = clock or SystemClock()
         self.mount = mount
+        self._pid = pid or os.getpid()
+        self._replaced: list[Callable[[Sequence[Entry]], None]] = []
         self._started = self.clock.wall()
         self._since = self.clock.monotonic()
         self._attached: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -67,7 +73,9 @@ class Worker:
         self._pins_lock = threading.Lock()
         self._known_pins: set[CacheKey] | None = None  # guarded by the lock
         self._closing = threading.Event()
-        self.socket = registry.socket_path(settings.runtime, dataset=settings.dataset.name, mount=mount)
+        self.socket = registry.socket_path(
+            settings.runtime, dataset=settings.dataset.name, mount=mount, pid=self._pid
+        )
         """Where `cluster.server` is to listen for this worker."""
         with ExitStack() as building:
             opened = building.enter_context(opened_sources(settings, clock=self.clock))
@@ -111,7 +119,7 @@ class Worker:
     def registration(self) -> Registration:
         """What other processes find it by (`cluster.registry`)."""
         return Registration(
-            pid=os.getpid(),
+            pid=self._pid,
             mount=self.mount,
             dataset=self.settings.dataset.name,
             socket=self.socket,
@@ -125,6 +133,10 @@ class Worker:
         """Let `status` show what `stats` returns as `name` (the mount's figures)."""
         self._attached[name] = stats
 
+    def on_replaced(self, tell: Callable[[Sequence[Entry]], None]) -> None:
+        """Have `tell` called with entries whose paths have other versions now."""
+        self._replaced.append(tell)
+
     # Control
 
     def status(self) -> dict[str, Any]:
@@ -135,6 +147,7 @@ class Worker:
             "dataset": self.settings.dataset.name,
             "mount": self.mount,
             "pid": os.getpid(),
+            "broker": self._pid if self._pid != os.getpid() else 0,
             "version": _version(),
             "started": self._started,
             "uptime": self.clock.monotonic() - self._since,
@@ -216,6 +229,8 @@ class Worker:
         """The bucket has other versions of these now: their copies go first when room is needed."""
         for entry in entries:
             self.cache.supersede(self.reader.cache_key(entry))
+        for tell in self._replaced:
+            tell(entries)
 
     def _load_states(self) -> builtins.list[dict[str, Any]]:
         found = []

@@ -1,10 +1,14 @@
 """
-`python -m fuse`: the daemon behind a mount. Started by `datacache mount`, not by people.
+`python -m fuse`: what is behind a mount. Started by `datacache mount`, not by people.
 
-It reads its settings as JSON from standard input (so no argument holds a secret), builds the worker,
-mounts, and writes exactly one line to the descriptor that it was given: `{"ok": true, "pid": P}` once
-the mount answers and can be found in the registry, or `{"error": "...", "exit": 1|2}` when it cannot
-be. Then it serves until somebody unmounts it or it is told to end.
+It reads its settings as JSON from standard input (so no argument holds a secret) and writes exactly
+one line to the descriptor that it was given: `{"ok": true, "pid": P}` once the mount answers and can be
+found in the registry, or `{"error": "...", "exit": 1|2}` when it cannot be. Then it serves until somebody
+unmounts it or it is told to end.
+
+With the portable driver this one process mounts and serves. With the native driver it is the broker,
+which mounts and starts this program again, with `--handover`, as the daemon that serves; and again
+when that one has died.
 
 Everything that is built is on one stack: whatever happens, and wherever, it is taken down in reverse
 order, and nothing stays mounted, locked or registered. Only after a SIGKILL something does: a stale
@@ -17,24 +21,38 @@ import functools
 import json
 import logging
 import os
+import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from datacache.cluster import registry
-from datacache.cluster.server import ControlServer
 from datacache.config.parsing import load_settings
-from datacache.config.settings import Settings
-from datacache.errors import DatacacheError, MountError, SettingError
+from datacache.config.settings import IO, Settings
+from datacache.errors import DatacacheError, MountError, NoSuchSnapshot, SettingError
+from datacache.model import MiB
 from datacache.telemetry import set_up_logging
-from datacache.worker import Worker
-from fuse import mountpoint
-from fuse.filesystem import FileSystem
-from fuse.pyfuse import Mount
+from fuse import broker, mountpoint
+from fuse.broker import Handover
+
+if TYPE_CHECKING:
+    from datacache.cluster.registry import Registration
+    from datacache.worker import Worker
+    from fuse.connection import Device
+    from fuse.filesystem import Backings, FileSystem
 
 log = logging.getLogger("fuse")
+
+SMALL = 1 * MiB
+"""Bytes of a file, on average, up to which `--io auto` takes the page cache for a snapshot: below, opens and
+closes cost more than reads."""
+
+NATIVE_FROM = (6, 9)
+"""The first Linux that speaks ABI 7.40."""
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -49,8 +67,8 @@ class _Answer:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
-    def mounted(self) -> None:
-        self._write({"ok": True, "pid": os.getpid()})
+    def mounted(self, **more: object) -> None:
+        self._write({"ok": True, "pid": os.getpid(), **more})
 
     def failed(self, error: str, code: int) -> int:
         """Say why there is no mount; the exit code."""
@@ -71,12 +89,19 @@ class _Answer:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m fuse", description=__doc__)
     parser.add_argument("--ready-fd", type=int, required=True, help="where the one line goes")
-    answer = _Answer(parser.parse_args(arguments).ready_fd)
+    parser.add_argument("--handover", type=Handover.load, help="serve the mount that a broker hands over")
+    args = parser.parse_args(arguments)
+    answer = _Answer(args.ready_fd)
     try:
         with _signals():
-            settings = load_settings(sys.stdin.read())
+            settings = load_settings(_all_of(sys.stdin.fileno()))
             set_up_logging(level=settings.log_level, style=settings.log_format, file=settings.log_file)
-            serve(settings, mounted=answer.mounted)
+            if args.handover is not None:
+                serve_handed_over(settings, args.handover, serving=answer.mounted)
+            elif is_native(settings.mount.driver):
+                keep_served(settings, mounted=answer.mounted)
+            else:
+                serve_portably(settings, mounted=answer.mounted)
     except _Stopped as stopped:
         return answer.failed(f"ended by {stopped} before it was mounted", 1)
     except DatacacheError as error:
@@ -87,33 +112,142 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def serve(settings: Settings, *, mounted: Callable[[], None]) -> None:
-    """Mount, call `mounted` when it answers, serve until the mount is gone, take everything down."""
+# ---- which driver, which way ---------------------------------------------------------------------
+
+
+def is_native(driver: str) -> bool:
+    """Whether `driver` means the native one on this kernel. Whether it is asked for and cannot be, is
+    found at INIT."""
+    if driver == "auto":
+        numbers = os.uname().release.split(".")
+        return (int(numbers[0]), int(numbers[1].split("-")[0])) >= NATIVE_FROM
+    return driver == "native"
+
+
+def chosen_io(settings: Settings) -> IO:
+    """What `--io auto` means for a data set. Raises NoSuchSnapshot."""
+    if settings.mount.io is not IO.AUTO:
+        return settings.mount.io
+    if not settings.index.snapshot:
+        return IO.PASSTHROUGH
+    from datacache.index.snapshot import list_snapshots
+
+    for known in list_snapshots(settings.state):
+        if known.name == settings.index.snapshot:
+            fits = known.bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+            small = known.bytes <= known.files * SMALL
+            return IO.PAGECACHE if small and fits else IO.PASSTHROUGH
+    raise NoSuchSnapshot(f"there is no snapshot {settings.index.snapshot!r} of {settings.dataset.name}")
+
+
+# ---- the native driver ---------------------------------------------------------------------------
+
+
+def keep_served(settings: Settings, *, mounted: Callable[[], None]) -> None:
+    """Be the broker of a mount, until it is gone."""
+    io, dataset = chosen_io(settings), settings.dataset
+    control = registry.socket_path(
+        settings.runtime, dataset=dataset.name, mount=settings.mount.directory, pid=os.getpid()
+    )
+    registry.make_private(settings.runtime)
+    broker.serve(
+        settings,
+        source=dataset.manifest or dataset.mounts[0].uri,
+        stateless=io is IO.PAGECACHE,
+        passthrough=io is IO.PASSTHROUGH,
+        control=control,
+        mounted=mounted,
+    )
+
+
+def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable[..., None]) -> None:
+    """Be a daemon of a mount that a broker keeps, until the mount is gone or it is told to end."""
+    from fuse.connection import Backings, Device
+    from fuse.session import Session
+
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as knob:
+        knob.write(handed.oom_score_adj)
+    agreement, device = handed.agreement, Device(handed.descriptor)
+    backings = Backings(device) if agreement.passthrough else None
+    with _built(settings, backings=backings, life=handed.life, pid=handed.broker) as (worker, files):
+        identity = worker.index.identity
+        if handed.index and identity != handed.index:
+            raise MountError(
+                f"{settings.mount.directory}: the index is another one than this mount was made with; "
+                "unmount, and mount anew"
+            )
+        session = Session(
+            files, handed.descriptor, agreement,
+            max_threads=settings.mount.max_threads, max_idle_threads=settings.mount.max_idle_threads,
+        )  # fmt: skip
+        worker.on_replaced(session.superseded)
+        worker.attach("mount_requests", session.requests)
+        if handed.life and agreement.passthrough:
+            _close_old_backings(device)
+        for number in _ENDING:
+            signal.signal(number, lambda *_: session.end())
+        session.start(resend=handed.life > 0)
+        registration = worker.registration()
+        registry.register(settings.runtime, registration)
+        _outlive(handed.broker, settings.runtime, registration)
+        serving(index=identity)
+        log.info("%s is served at %s", settings.dataset.name, settings.mount.directory)
+        session.wait()
+        _deaf()
+        if not session.ending:
+            registry.unregister(settings.runtime, registration)
+            log.info("%s: unmounted", settings.mount.directory)
+
+
+def _outlive(pid: int, runtime: str, registration: "Registration") -> None:
+    """When the broker is killed, the mount goes on, and is known by this process."""
+    try:
+        broker_ends = os.pidfd_open(pid)
+    except ProcessLookupError:
+        broker_ends = -1
+
+    def wait() -> None:
+        if broker_ends >= 0:
+            select.select([broker_ends], [], [])
+            os.close(broker_ends)
+        log.error("the broker is gone: the mount ends with this process")
+        registry.register(runtime, replace(registration, pid=os.getpid()))
+
+    threading.Thread(target=wait, name="broker-watch", daemon=True).start()
+
+
+def _close_old_backings(device: "Device") -> None:
+    """Take back what daemons before us had the kernel read: what is open goes on, what is not can be freed.
+    In a thread, since there may be many."""
+    from fuse.connection import forget_backings
+
+    probe = os.memfd_create("probe")
+    try:
+        newest = device.open(probe)
+        device.close(newest)
+    finally:
+        os.close(probe)
+    threading.Thread(
+        target=forget_backings, args=(device, newest), name="forget-backings", daemon=True
+    ).start()
+
+
+def serve_portably(settings: Settings, *, mounted: Callable[[], None]) -> None:
+    """Mount by pyfuse3, call `mounted` when it answers, serve until the mount is gone, take all down."""
+    from fuse.pyfuse import Mount
+
     directory = settings.mount.directory
     mountpoint.clean_stale(directory)
     mountpoint.check_target(directory, [settings.state, *(tier.path for tier in settings.cache.tiers)])
-    with contextlib.ExitStack() as built:
-        worker = built.enter_context(Worker(settings, mount=directory))
-        control = ControlServer(worker, worker.socket, metrics=settings.metrics)
-        built.callback(control.close)
-        built.callback(worker.close)  # before the control server's, which waits for calls under way
-        files = FileSystem(
-            worker.index,
-            worker.reader,
-            settings.mount,
-            tiers={tier.name: worker.cache.tier(tier.name) for tier in worker.cache.stats()},
-        )
-        built.callback(files.close)
+    with _built(settings) as (worker, files), contextlib.ExitStack() as built:
         registration = worker.registration()
         driver = built.enter_context(Mount(files, settings.mount, source=registration.uris[0]))
         shown = mountpoint.is_mounted(directory)
         if shown is None:
             raise MountError(f"{directory}: mounted, and gone again before it was served")
-        take_off = functools.partial(_take_off, directory, shown.device)
+        take_off = functools.partial(mountpoint.take_off, directory, shown.device)
         built.callback(take_off)
         worker.attach("mount_requests", driver.requests)
-        worker.attach("mount_files", files.stats)
-        control.start()
 
         def started() -> None:
             # After INIT: answering it resets the read-ahead.
@@ -128,15 +262,57 @@ def serve(settings: Settings, *, mounted: Callable[[], None]) -> None:
         log.info("%s: unmounted", directory)
 
 
-def _take_off(directory: str, device: str) -> None:
-    """Unmount `directory` if it is still ours that is mounted there: it may be somebody's successor."""
-    mount = mountpoint.is_mounted(directory)
-    if mount is None or mount.device != device:
-        return
+# ---- in common -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _built(
+    settings: Settings, *, backings: "Backings | None" = None, life: int = 0, pid: int | None = None
+) -> "Iterator[tuple[Worker, FileSystem]]":
+    """A worker that answers on its control socket, and the file system on top of it."""
+    from datacache.cluster.server import ControlServer
+    from datacache.worker import Worker
+    from fuse.filesystem import FileSystem
+
+    with contextlib.ExitStack() as built:
+        worker = built.enter_context(
+            Worker(settings, mount=settings.mount.directory, pid=pid, resumed=life > 0)
+        )
+        control = ControlServer(worker, worker.socket, metrics=settings.metrics)
+        built.callback(control.close)
+        built.callback(worker.close)  # before the control server's, which waits for calls under way
+        files = FileSystem(
+            worker.index,
+            worker.reader,
+            settings.mount,
+            tiers={tier.name: worker.cache.tier(tier.name) for tier in worker.cache.stats()},
+            backings=backings,
+            life=life,
+        )
+        built.callback(files.close)
+        worker.attach("mount_files", files.stats)
+        control.start()
+        yield worker, files
+
+
+def _all_of(descriptor: int) -> str:
+    """Everything that comes from a pipe. A signal that arrives between two reads ends this, too: a plain
+    read would wait on, with the handler due only after it."""
+    wake, woken = os.pipe()
+    os.set_blocking(woken, False)
+    before = signal.set_wakeup_fd(woken)
+    text = bytearray()
     try:
-        mountpoint.unmount(directory, lazy=True)
-    except MountError as error:
-        log.error("%s; it will be stale", error)
+        while True:
+            select.select([descriptor, wake], [], [])
+            piece = os.read(descriptor, 1 << 16)
+            if not piece:
+                return text.decode()
+            text += piece
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(wake)
+        os.close(woken)
 
 
 @contextlib.contextmanager

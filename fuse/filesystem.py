@@ -1,7 +1,7 @@
 """
 A data set as a file system: lookup, getattr, readdir, open, read as plain functions on plain values.
 
-It knows no driver: it takes node numbers, names and offsets, and returns `Attributes`, handles and
+It knows no driver: it takes node numbers, names and offsets, and returns `Attributes`, `Opened` and
 bytes, or raises. A driver decodes a request, makes one call, encodes the answer, and turns whatever
 was raised into an errno by `failed`, which holds the one table of that border.
 
@@ -13,6 +13,14 @@ directory, so lookups recur in time; and `open` holds the node's version against
 more. When the index knows another version, or the rest of the TTL has passed and the store has one,
 the answer is ESTALE, on which the kernel looks the name up again and opens the node of the new
 version: nobody sees the error. An open file keeps its version until the last close.
+
+What an open gives. Where the driver can let the kernel read a cached file itself (`Backings`), a file
+that is whole in a tier is opened on that, and its reads never come here. A small file that is not
+whole is made so first; any other is served until its last close.
+
+Reads of handles that are not known here are reads all the same: a driver may let the kernel open
+files without asking, or have taken a mount over from a daemon that gave the handle out. The node says
+which version of which path it is.
 """
 
 import errno
@@ -22,11 +30,15 @@ import os
 import stat
 import threading
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from cachetools import LRUCache
+
+from datacache.cache.tier import Lent
 from datacache.clock import Clock, SystemClock
 from datacache.config.settings import MountSettings
 from datacache.errors import (
@@ -41,7 +53,8 @@ from datacache.errors import (
     VersionChanged,
 )
 from datacache.index.index import ROOT, Index
-from datacache.model import Buffer, ByteRange, CacheKey, Coverage, Entry, Kind
+from datacache.model import Buffer, ByteRange, CacheKey, Coverage, Entry, Kind, MiB
+from fuse import nodes
 from fuse.nodes import Nodes, Stale
 
 log = logging.getLogger(__name__)
@@ -55,6 +68,13 @@ no query; 1,000 are about 0.5 MiB while a directory is open."""
 
 LOG_EVERY = 30.0
 """Seconds between two log lines of one kind of error: an outage fails thousands of reads a second."""
+
+FETCHED_AT_OPEN = 4 * MiB
+"""Bytes of the largest file that an open waits for, so that it can be passed through: one request to the
+store, which the first read would wait for too."""
+
+RECOVERED = 64
+"""Objects kept open for reads without an open of ours. Each is a descriptor, and not evicted meanwhile."""
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND | os.O_CREAT
 
@@ -97,6 +117,8 @@ class Opener(Protocol):
     """What is asked of `datacache.reading.reader.Reader`."""
 
     def open(self, entry: Entry) -> OpenFile: ...
+    def lend(self, entry: Entry) -> Lent | None: ...
+    def fetch(self, entry: Entry) -> int: ...
     def cache_key(self, entry: Entry) -> CacheKey: ...
 
 
@@ -106,13 +128,26 @@ class Copies(Protocol):
     def ranges(self, key: CacheKey) -> list[ByteRange]: ...
 
 
+class Backings(Protocol):
+    """Files that the kernel was told of, to read them itself. `fuse.connection.Backings` is one."""
+
+    def acquire(self, lent: Lent) -> int | None:
+        """The number under which the kernel knows the file, until as many `release`s; None where it
+        will not have it."""
+
+    def release(self, identity: tuple[int, int]) -> None:
+        """Undo one `acquire` of the file with this identity."""
+
+
 class Attributes(NamedTuple):
     """A node as `stat` shows it, and for how many seconds the kernel may believe that.
 
-    `node` 0: there is no such name, to be believed for `entry_timeout`.
+    `node` 0: there is no such name, to be believed for `entry_timeout`. `ino` is the path's, whatever
+    becomes of it.
     """
 
     node: int
+    ino: int = 0
     mode: int = 0
     nlink: int = 1
     size: int = 0
@@ -134,6 +169,13 @@ class Listed(NamedTuple):
     offset: int
 
 
+class Opened(NamedTuple):
+    """An open file: its handle, and the number of the file that the kernel is to read itself (0: none)."""
+
+    handle: int
+    backing: int = 0
+
+
 class Space(NamedTuple):
     """What statfs says, in bytes and files: all of it is used, nothing is free."""
 
@@ -141,44 +183,100 @@ class Space(NamedTuple):
     files: int
 
 
-@dataclass(slots=True)
-class _Directory:
-    """An open directory and the page of entries that the kernel is being served from."""
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """Entries of a directory, from which the kernel is being served."""
 
-    ino: int
-    after: int = -1
-    entries: list[Entry] = field(default_factory=list)
-    expires: float = 0.0
+    after: int
+    entries: list[Entry]
+    expires: float
     """Monotonic time until which `entries` may be believed."""
 
     def holds(self, after: int) -> bool:
         """Whether what comes after offset `after` can be told from this page. Offset 0 is the start of
         a new reading, which sees the directory as it is now."""
-        if after == 0 or not self.after <= after:
+        if after == 0 or after < self.after:
             return False
-        return self.ends or after < self.entries[-1].ino
+        return len(self.entries) < PAGE or after < self.entries[-1].ino
 
-    @property
-    def ends(self) -> bool:
-        return self.after >= 0 and len(self.entries) < PAGE
+
+@dataclass(slots=True)
+class _Directory:
+    """An open directory. Its page is replaced whole: several may read it at once."""
+
+    ino: int
+    page: _Page | None = None
 
 
 @dataclass(slots=True)
 class _File:
     """An open file. Its object is opened with the first read: where the kernel has the pages of an
-    earlier open, there is none, and an open costs no look into the tiers."""
+    earlier open, or reads the cached file itself, there is none."""
 
     node: int
     entry: Entry
     opened: OpenFile | None = None
+    lent: Lent | None = None
     opening: threading.Lock = field(default_factory=threading.Lock)
     """Held while `opened` is set; once set it stays."""
 
     def ready(self, reader: Opener) -> OpenFile:
-        with self.opening:
-            if self.opened is None:
-                self.opened = reader.open(self.entry)
-            return self.opened
+        if self.opened is None:
+            with self.opening:
+                if self.opened is None:
+                    self.opened = reader.open(self.entry)
+        return self.opened
+
+    def close(self) -> None:
+        if self.opened is not None:
+            self.opened.close()
+        if self.lent is not None:
+            self.lent.close()
+
+
+class _Recovered:
+    """Files that are read though nobody opened them here, the latest ones. Thread-safe."""
+
+    def __init__(self) -> None:
+        # Under the lock: the files by node, and how many calls use each. One that is used is not closed.
+        self._lock = threading.Lock()
+        self._files: OrderedDict[int, list[Any]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @contextmanager
+    def use(self, node: int, entry: Callable[[int], Entry]) -> Iterator[_File]:
+        with self._lock:
+            held = self._files.get(node)
+            if held is None:
+                held = self._files[node] = [_File(node, entry(node)), 0]
+            else:
+                self._files.move_to_end(node)
+            held[1] += 1
+            idle = self._excess()
+        for file in idle:
+            file.close()
+        try:
+            yield held[0]
+        finally:
+            with self._lock:
+                held[1] -= 1
+
+    def _excess(self) -> list[_File]:
+        found: list[_File] = []
+        for node, (file, users) in list(self._files.items())[: max(0, len(self._files) - RECOVERED)]:
+            if not users:
+                del self._files[node]
+                found.append(file)
+        return found
+
+    def close(self) -> None:
+        with self._lock:
+            files = [file for file, _ in self._files.values()]
+            self._files.clear()
+        for file in files:
+            file.close()
 
 
 class FileSystem:
@@ -191,9 +289,12 @@ class FileSystem:
         settings: MountSettings,
         *,
         tiers: Mapping[str, Copies] | None = None,
+        backings: Backings | None = None,
+        life: int = 0,
         clock: Clock | None = None,
     ) -> None:
-        """`tiers` by name, for the extended attributes."""
+        """`tiers` by name, for the extended attributes. `backings`: where the kernel can be told of cached
+        files. `life` counts the daemons that served this mount before."""
         self._index, self._reader, self._settings = index, reader, settings
         self._tiers = dict(tiers or {})
         self._clock = clock or SystemClock()
@@ -203,11 +304,17 @@ class FileSystem:
             Kind.FILE: stat.S_IFREG | settings.file_mode,
             Kind.DIRECTORY: stat.S_IFDIR | settings.dir_mode,
         }
-        self._nodes = Nodes()
-        self._handles = itertools.count(1)
+        self._backings = backings
+        self._nodes = Nodes(life=life, passthrough=backings is not None)
+        # Never one that an earlier daemon gave out: the kernel still asks with those.
+        self._handles = itertools.count(1 | life << 48)
         # Keyed by handle; each key is put in once and taken out once, by the kernel's open and release.
         self._files: dict[int, _File] = {}
         self._directories: dict[int, _Directory] = {}
+        # Directories that are read though nobody opened them here, the latest ones.
+        self._unopened: LRUCache[int, _Directory] = LRUCache(RECOVERED)
+        self._unopened_lock = threading.Lock()
+        self._recovered = _Recovered()
         self._complaints = _Complaints(self._clock)
 
     def __repr__(self) -> str:
@@ -218,99 +325,155 @@ class FileSystem:
     def lookup(self, parent: int, name: bytes) -> Attributes:
         """The node of `name`, which the kernel will remember until it is forgotten; node 0 where
         there is no such name."""
-        directory = self._nodes.path(parent)
+        directory = nodes.path(parent)
         try:
             return self._told(self._index.lookup(directory, name))
         except NoSuchPath:
             return self._missing(directory)
 
     def lookup_nowait(self, parent: int, name: bytes) -> Attributes | None:
-        directory = self._nodes.path(parent)
+        directory = nodes.path(parent)
         try:
             entry = self._index.lookup_nowait(directory, name)
         except NoSuchPath:
             return self._missing(directory)
         return None if entry is None else self._told(entry)
 
-    def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
-        """The kernel lets go of (node, count) pairs."""
-        self._nodes.forget(forgotten)
-
     def getattr(self, node: int) -> Attributes:
         """The attributes of `node`. Does not wait for the store."""
         entry = self._entry(node)
         fresh = FOREVER if entry.ino == ROOT else self._index.fresh_for(entry.parent)
-        return self._attributes(entry, node, fresh)
+        return self._attributes(entry, fresh, node)
 
     def opendir(self, node: int) -> int:
         """A handle for `readdir`."""
         handle = next(self._handles)
-        self._directories[handle] = _Directory(self._nodes.path(node))
+        self._directories[handle] = _Directory(nodes.path(node))
         return handle
 
-    def readdir(self, handle: int, offset: int) -> Iterator[Listed]:
-        """Entries after `offset`, at least one unless the directory ends there.
-
-        Each one that is taken from the iterator counts as told to the kernel; what did not fit is
-        to be `forget`-ed once.
-        """
-        directory = self._directories[handle]
+    def readdir(self, handle: int, offset: int, node: int = 0) -> Iterator[Listed]:
+        """Entries after `offset`, at least one unless the directory ends there."""
+        directory = self._directory(handle, node)
         entries = self._index.children(directory.ino, after=offset, limit=PAGE)
         fresh = self._index.fresh_for(directory.ino)
-        directory.after, directory.entries = offset, entries
-        directory.expires = self._clock.monotonic() + fresh
+        directory.page = _Page(offset, entries, self._clock.monotonic() + fresh)
         return self._listed(entries, fresh)
 
-    def readdir_nowait(self, handle: int, offset: int) -> Iterator[Listed] | None:
-        directory = self._directories[handle]
-        if not directory.holds(offset):
+    def readdir_nowait(self, handle: int, offset: int, node: int = 0) -> Iterator[Listed] | None:
+        page = self._directory(handle, node).page
+        if page is None or not page.holds(offset):
             return None
-        start = bisect_right(directory.entries, offset, key=_ino)
-        fresh = max(0.0, directory.expires - self._clock.monotonic())
-        return self._listed(itertools.islice(directory.entries, start, None), fresh)
+        start = bisect_right(page.entries, offset, key=_ino)
+        fresh = max(0.0, page.expires - self._clock.monotonic())
+        return self._listed(itertools.islice(page.entries, start, None), fresh)
 
     def releasedir(self, handle: int) -> None:
-        del self._directories[handle]
+        self._directories.pop(handle, None)
+
+    def _directory(self, handle: int, node: int) -> _Directory:
+        if node and handle not in self._directories:
+            with self._unopened_lock:
+                return self._unopened.setdefault(node, _Directory(nodes.path(node)))
+        return self._directories[handle]
+
+    def directory_node(self, entry: Entry) -> int:
+        """The node of the directory that `entry` lies in."""
+        return self._nodes.node(self._index.entry(entry.parent))
 
     # ---- bytes -----------------------------------------------------------------------------------
 
-    def open(self, node: int, flags: int) -> int:
-        """A handle for `read`, of the version that `node` names. Raises Stale when that is not the
-        current one: look the name up again."""
-        handle = self.open_nowait(node, flags)
-        if handle is None:
-            handle = self._opened(node, self._index.current(self._nodes.path(node)))
-        return handle
-
-    def open_nowait(self, node: int, flags: int) -> int | None:
-        if flags & _WRITING:
-            raise Refused(errno.EROFS)
-        entry = self._index.entry(self._nodes.path(node))
-        return None if self._index.fresh_for(entry.parent) <= 0 else self._opened(node, entry)
-
-    def read(self, handle: int, offset: int, size: int) -> Buffer:
-        """`size` bytes from `offset` on, fewer only at the end of the file."""
+    def open(self, node: int, flags: int) -> Opened:
+        """Open the version that `node` names. Raises Stale when that is not the current one, or is open
+        in another way than it would be now: look the name up again."""
+        _check_flags(flags)
+        entry = self._index.current(nodes.path(node))
+        self._check(node, entry)
+        file = _File(node, entry)
         try:
-            return self._files[handle].ready(self._reader).read(offset, size)
+            backing = self._passed_through(file)
+            self._nodes.open(node, entry, file.lent.identity if file.lent is not None else None)
+        except BaseException:
+            self._let_go(file)
+            raise
+        return Opened(self._keep(file), backing)
+
+    def open_nowait(self, node: int, flags: int) -> Opened | None:
+        _check_flags(flags)
+        entry = self._index.entry(nodes.path(node))
+        if self._index.fresh_for(entry.parent) <= 0 or self._backings is not None:
+            return None
+        self._check(node, entry)
+        self._nodes.open(node, entry)
+        return Opened(self._keep(_File(node, entry)))
+
+    def _passed_through(self, file: _File) -> int:
+        """Let the kernel read the cached file of `file` itself: the number by which it knows that, or 0
+        where `file` must be served."""
+        if self._backings is None:
+            return 0
+        lent = self._reader.lend(file.entry) or self._fetched(file)
+        backing = self._backings.acquire(lent) if lent is not None else None
+        if lent is None or backing is None:
+            if lent is not None:
+                lent.close()
+            return 0
+        file.lent = lent
+        return backing
+
+    def _fetched(self, file: _File) -> Lent | None:
+        """Make a small file whole in the cache. Where it cannot be kept, what was fetched serves the reads
+        of this open, so it is held open meanwhile."""
+        if not 0 < file.entry.size <= FETCHED_AT_OPEN:
+            return None
+        opened = file.ready(self._reader)
+        with suppress(DatacacheError):  # a read will meet it again, and say so
+            self._reader.fetch(file.entry)
+            if (lent := self._reader.lend(file.entry)) is not None:
+                file.opened = None
+                opened.close()
+                return lent
+        return None
+
+    def _let_go(self, file: _File) -> None:
+        if file.lent is not None and self._backings is not None:
+            # Before the cached file is given back: as long as the kernel knows of it, it is in use.
+            self._backings.release(file.lent.identity)
+        file.close()
+
+    def read(self, handle: int, offset: int, size: int, node: int = 0) -> Buffer:
+        """`size` bytes from `offset` on, fewer only at the end of the file.
+
+        `node`, where the driver knows it, tells what to read for a handle that is not ours.
+        """
+        try:
+            if handle in self._files or not node:
+                return self._files[handle].ready(self._reader).read(offset, size)
+            with self._recovered.use(node, self._entry) as file:
+                return file.ready(self._reader).read(offset, size)
         except NotFound as gone:
             # The name was there when it was opened: what the reader has lost is this version.
             raise VersionChanged(f"the object is no longer in the store: {gone}") from gone
 
     def read_nowait(self, handle: int, offset: int, size: int) -> Buffer | None:
-        opened = self._files[handle].opened
+        file = self._files.get(handle)
+        opened = file.opened if file is not None else None
         return None if opened is None else opened.read_nowait(offset, size)
 
     def release(self, handle: int) -> None:
         """The last close of `handle`. A file that was never read counts as opened now: what the kernel
         has pages of is in use, and is not what a tier should evict first."""
-        file = self._files.pop(handle)
+        file = self._files.pop(handle, None)
+        if file is None:
+            return  # opened by a daemon before us
         self._nodes.close(file.node)
-        file.ready(self._reader).close()
+        if file.lent is None:
+            file.ready(self._reader)
+        self._let_go(file)
 
     def release_nowait(self, handle: int) -> bool:
         """Whether it could be done without waiting."""
-        file = self._files[handle]
-        if file.opened is None:
+        file = self._files.get(handle)
+        if file is not None and file.opened is None:
             return False
         self.release(handle)
         return True
@@ -352,11 +515,9 @@ class FileSystem:
 
     def stats(self) -> dict[str, Any]:
         """For `datacache status`."""
-        nodes = self._nodes.stats()
         return {
-            "nodes": nodes.known,
-            "later_versions": nodes.later,
             "open_files": len(self._files),
+            "open_passthrough": self._nodes.stats().passthrough,
             "open_directories": len(self._directories),
             "errors": self._complaints.counts(),
         }
@@ -366,32 +527,42 @@ class FileSystem:
         while self._files:
             _, file = self._files.popitem()
             self._nodes.close(file.node)
-            if file.opened is not None:
-                file.opened.close()
+            self._let_go(file)
+        self._recovered.close()
         self._directories.clear()
 
     # ---- in common -------------------------------------------------------------------------------
 
-    def _opened(self, node: int, entry: Entry) -> int:
+    def _check(self, node: int, entry: Entry) -> None:
         self._nodes.check(node, entry)
         if entry.kind is Kind.DIRECTORY:
             raise IsADirectory(self._index.path(entry.ino))
-        self._nodes.open(node, entry)
+
+    def _keep(self, file: _File) -> int:
         handle = next(self._handles)
-        self._files[handle] = _File(node, entry)
+        self._files[handle] = file
         return handle
 
     def _entry(self, node: int) -> Entry:
-        """What `node` names. Raises Stale when that can no longer be told."""
+        """What `node` names, if that is no longer what its path names. Raises Stale when it can no longer
+        be told."""
         if (entry := self._nodes.opened(node)) is not None:
             return entry
-        entry = self._index.entry(self._nodes.path(node))
-        self._nodes.check(node, entry)
-        return entry
+        name = nodes.read(node)
+        generation = name.generation
+        with suppress(NoSuchPath):
+            entry = self._index.entry(name.ino)
+            generation = name.generation_near(entry.generation)
+            if entry.generation == generation:
+                return entry
+        try:
+            return self._index.entry(name.ino, generation)
+        except NoSuchPath as unknown:
+            raise Stale(f"node {node} names a version that is no longer known") from unknown
 
     def _told(self, entry: Entry) -> Attributes:
         fresh = self._index.fresh_for(entry.parent)
-        return self._attributes(entry, self._nodes.remember(entry), fresh)
+        return self._attributes(entry, fresh)
 
     def _missing(self, directory: int) -> Attributes:
         fresh = self._index.fresh_for(directory)
@@ -403,15 +574,15 @@ class FileSystem:
         return self._settings.entry_timeout if chosen is None else chosen
 
     def _listed(self, entries: Iterable[Entry], fresh: float) -> Iterator[Listed]:
-        remember = self._nodes.remember
         for entry in entries:
-            yield Listed(entry.name, self._attributes(entry, remember(entry), fresh), entry.ino)
+            yield Listed(entry.name, self._attributes(entry, fresh), entry.ino)
 
-    def _attributes(self, entry: Entry, node: int, fresh: float) -> Attributes:
+    def _attributes(self, entry: Entry, fresh: float, node: int = 0) -> Attributes:
         settings = self._settings
         valid = _timeout(settings.entry_timeout, fresh)
         return Attributes(
-            node,
+            node or self._nodes.node(entry),
+            entry.ino,
             self._modes[entry.kind],
             1,  # of directories too, where it means "not counted": nobody may infer sub-directories
             entry.size,
@@ -431,6 +602,11 @@ _XATTRS = (
     b"user.datacache.tier",
     b"user.datacache.cached",
 )
+
+
+def _check_flags(flags: int) -> None:
+    if flags & _WRITING:
+        raise Refused(errno.EROFS)
 
 
 def _ino(entry: Entry) -> int:

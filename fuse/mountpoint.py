@@ -15,6 +15,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -180,6 +181,17 @@ def unmount(directory: str, *, lazy: bool = False, force: bool = False) -> None:
         raise MountError(f"cannot unmount {directory}: {problem}")
 
 
+def take_off(directory: str, device: str) -> None:
+    """Unmount `directory` if it is still this mount that is there: it may be somebody's successor."""
+    mount = is_mounted(directory)
+    if mount is None or mount.device != device:
+        return
+    try:
+        unmount(directory, lazy=True)
+    except MountError as error:
+        log.error("%s; it will be stale", error)
+
+
 def _umount2(directory: str, *, lazy: bool, force: bool) -> str:
     """umount2(2); why it failed, or empty."""
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0) | (_MNT_FORCE if force else 0)
@@ -316,3 +328,64 @@ def set_read_ahead(directory: str, size: int) -> bool:
         log.info("read-ahead of %s stays as it is: %s", directory, error.strerror)
         return False
     return True
+
+
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
+_COMM_FD_TIMEOUT = 30.0
+
+
+def mount(directory: str, *, source: str, allow_other: bool) -> int:
+    """Mount on `directory`, read-only; the descriptor of the connection, on which INIT is waiting.
+
+    `source` is what `mount` and `df` show. By mount(2) as root, by fusermount3 otherwise. Raises MountError.
+    """
+    if os.geteuid() == 0:
+        return _mount2(directory, source=source, allow_other=allow_other)
+    return _fusermount_mount(directory, source=source, allow_other=allow_other)
+
+
+def _mount2(directory: str, *, source: str, allow_other: bool) -> int:
+    descriptor = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    options = [f"fd={descriptor}", "rootmode=40000", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
+    options += ["default_permissions", *(["allow_other"] if allow_other else [])]
+    libc = ctypes.CDLL(None, use_errno=True)
+    done = libc.mount(
+        source.encode("utf-8", "surrogateescape"), os.fsencode(directory), FSTYPE.encode(),
+        ctypes.c_ulong(_MS_RDONLY | _MS_NOSUID | _MS_NODEV), ",".join(options).encode(),
+    )  # fmt: skip
+    if done != 0:
+        number = ctypes.get_errno()
+        os.close(descriptor)
+        hint = " (in a container, it needs --cap-add SYS_ADMIN)" if number == errno.EPERM else ""
+        raise MountError(f"cannot mount on {directory}: {os.strerror(number)}{hint}")
+    return descriptor
+
+
+def _fusermount_mount(directory: str, *, source: str, allow_other: bool) -> int:
+    """The descriptor comes back on a socket, as fusermount3 hands it to libfuse."""
+    options = ["ro", "nosuid", "nodev", "default_permissions", f"subtype={FSTYPE.partition('.')[2]}"]
+    # What divides options is escaped by a backslash, as libfuse does it.
+    options += ["fsname=" + re.sub(r"([\\,])", r"\\\1", source), *(["allow_other"] if allow_other else [])]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        try:
+            with subprocess.Popen(
+                ["fusermount3", "-o", ",".join(options), "--", directory],
+                stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=(theirs.fileno(),),
+                env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+            ) as helper:  # fmt: skip
+                theirs.close()
+                ours.settimeout(_COMM_FD_TIMEOUT)
+                _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+                assert helper.stderr is not None
+                said = helper.stderr.read().decode("utf-8", "replace").strip()
+        except FileNotFoundError:
+            raise MountError("fusermount3 is missing (Debian: apt install fuse3)") from None
+        except TimeoutError:
+            raise MountError(f"fusermount3 did not mount on {directory} in time") from None
+    if not descriptors:
+        raise MountError(
+            f"cannot mount on {directory}: {said.replace(chr(10), '; ') or 'fusermount3 failed'}"
+        )
+    os.set_inheritable(descriptors[0], False)
+    return descriptors[0]

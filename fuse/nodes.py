@@ -1,113 +1,136 @@
 """
-What a FUSE node names: one version of one path.
+What a FUSE node names: one version of one path, and where it matters in one open mode.
 
 The kernel keeps attributes, pages and open files by node, so bytes can only stay one version if a
-node does. The first version of a path that the kernel hears of has the path's `ino` as its node;
-each other version gets a number from `LATER` upwards, never used twice in the life of the mount.
-pyfuse3 has one number for the node and for `st_ino`, so a path whose object changed shows a new
-`st_ino` while the old version is remembered by the kernel, and its own again after that.
+node does. A node's number is arithmetic: the path's `ino` (which is never used twice), the
+*generation* of its version (which the index counts and never takes back), the *life* of the daemon
+that told of it, and a *turn* that changes when the open mode must. So a number needs no table to be
+read, a million files cost no memory, and a daemon that takes a mount over from a dead one knows what
+every number names: there is nothing to be handed down.
 
-Kept small on purpose: `find` over a million files makes a million nodes. A node is two integers, its
-count and a mark of its version; size, key and name are the index's, and are kept here only while
-the node is open. A node whose path has moved on and that nobody has open cannot be described any
-more: `Stale`, on which the kernel looks the name up again.
+Open modes. The kernel lets a node be open in one mode at a time: *served* (reads are requests, and
+fill the page cache) or *passthrough* onto one cached file. Another mode or another file, while it is
+open, is an error that a reader would see (EIO or EBUSY). Both rules live here: `open` binds a node
+to what it is opened on; what does not fit goes to another turn of the same path, by `Stale`, on which
+the kernel looks the name up again and is told of that turn. A node that nobody has open is bound to
+nothing: the kernel lets go of the mode before it sends RELEASE.
 
-Pure but for a lock; `filesystem` asks, the kernel's LOOKUP and FORGET count.
+A daemon that took over cannot know what its predecessors left open. So on a mount with passthrough
+the life is part of a file's number, and a node of an earlier life is never opened again.
+
+Pure but for a lock; `filesystem` asks.
 """
 
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from datacache.model import Entry
+from datacache.index.database import INO_BITS
+from datacache.model import Entry, Kind
 
-LATER = 1 << 48
-"""Where the numbers of later versions begin; paths' own numbers (row ids) stay far below."""
+GENERATION_BITS, LIFE_BITS, TURN_BITS = 12, 6, 5
+"""How often each can change before a number comes again: versions of a path, restarts of a daemon, modes in
+which one version is open at once. With INO_BITS 63: some programs take `st_ino` for signed."""
+
+_INO, _GENERATION, _LIFE = (1 << INO_BITS) - 1, (1 << GENERATION_BITS) - 1, (1 << LIFE_BITS) - 1
+_TURNS = 1 << TURN_BITS
+_GENERATION_AT = INO_BITS
+_LIFE_AT = _GENERATION_AT + GENERATION_BITS
+_TURN_AT = _LIFE_AT + LIFE_BITS
+
+Backing = tuple[int, int]
+"""Device and inode of a cached file that the kernel reads itself."""
 
 
 class Stale(Exception):
-    """The path of this node has another version now, and nobody has this one open."""
+    """This node is not what its path is, or can be opened as, now: look the name up again."""
+
+
+class Name(NamedTuple):
+    """What a node's number says."""
+
+    ino: int
+    generation: int
+    """The version's generation, modulo 2**GENERATION_BITS."""
+    life: int = 0
+    turn: int = 0
+
+    @property
+    def number(self) -> int:
+        return self.ino | self.generation << _GENERATION_AT | self.life << _LIFE_AT | self.turn << _TURN_AT
+
+    def generation_near(self, newest: int) -> int:
+        """The whole generation, of a path whose newest is `newest`."""
+        return newest - ((newest - self.generation) & _GENERATION)
+
+
+def read(node: int) -> Name:
+    """What the number `node` says."""
+    return Name(
+        node & _INO,
+        node >> _GENERATION_AT & _GENERATION,
+        node >> _LIFE_AT & _LIFE,
+        node >> _TURN_AT,
+    )
+
+
+def path(node: int) -> int:
+    """The `ino` of the path that `node` is a version of."""
+    return node & _INO
 
 
 @dataclass(frozen=True)
 class NodeStats:
-    """How many nodes there are."""
+    """What is open."""
 
-    known: int
-    """Nodes that the kernel remembers."""
-    later: int
-    """Of these: later versions of a path."""
     open: int
     """Nodes that are open."""
+    passthrough: int
+    """Of these: read by the kernel itself."""
 
 
 @dataclass(slots=True)
 class _Open:
     entry: Entry
+    backing: Backing | None
+    """None: served."""
     opens: int
 
 
-def _mark(entry: Entry) -> int:
-    """64 bits that differ when the version does (or the kind: `a` may become a directory `a/`)."""
-    return hash((entry.kind, entry.version))
+@dataclass(slots=True)
+class _Turns:
+    """A version of a path that is open, and has or had to be opened in more than one way meanwhile."""
+
+    told: int
+    """The turn that lookups are told of."""
+    nodes: int
+    """Turns that are open."""
 
 
 class Nodes:
-    """The nodes that the kernel knows of. Thread-safe."""
+    """The nodes of one mount. Thread-safe."""
 
-    def __init__(self) -> None:
-        # All state below is changed under this lock only (single looks need none). Invariant: a node is
-        # in `_counts` exactly when it is in `_marks`, and in `_paths` exactly when it is also LATER or
-        # above; `_newest` maps a path to one of its nodes in `_paths`; `_open` holds nodes between their
-        # first open and their last close.
+    def __init__(self, *, life: int = 0, passthrough: bool = False) -> None:
+        """`life` counts the daemons that this mount has had before."""
+        self._life = life & _LIFE if passthrough else 0
+        self._passthrough = passthrough
+        # Changed under the lock only; single looks need none. Invariants: `_open` holds a node between its
+        # first open and its last close; `_turns` has a version exactly while one of its nodes is open
+        # and one of them was refused.
         self._lock = threading.Lock()
-        self._counts: dict[int, int] = {}
-        self._marks: dict[int, int] = {}
-        self._paths: dict[int, int] = {}
-        self._newest: dict[int, int] = {}
         self._open: dict[int, _Open] = {}
-        self._next = LATER
+        self._turns: dict[int, _Turns] = {}  # by the number of turn 0
 
     def __repr__(self) -> str:
         return f"<Nodes {self.stats()}>"
 
-    def remember(self, entry: Entry) -> int:
-        """The node of this version of this path, counted once more: the kernel is about to be told."""
-        mark, ino = _mark(entry), entry.ino
-        with self._lock:
-            node = self._newest.get(ino, ino)
-            if self._marks.get(node) != mark:
-                node = ino
-                if self._marks.get(ino, mark) != mark:
-                    node = self._newest[ino] = self._next
-                    self._next += 1
-                    self._paths[node] = ino
-            self._marks[node] = mark
-            self._counts[node] = self._counts.get(node, 0) + 1
-        return node
-
-    def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
-        """Take (node, count) pairs back: the kernel has let go of them."""
-        with self._lock:
-            for node, count in forgotten:
-                left = self._counts.get(node, 0) - count
-                if left > 0:
-                    self._counts[node] = left
-                    continue
-                self._counts.pop(node, None)
-                self._marks.pop(node, None)
-                ino = self._paths.pop(node, None)
-                if ino is not None and self._newest.get(ino) == node:
-                    del self._newest[ino]
-
-    def path(self, node: int) -> int:
-        """The `ino` of the path that `node` is a version of. Raises Stale for a node never told of."""
-        if node < LATER:
-            return node
-        with self._lock:
-            if (ino := self._paths.get(node)) is None:
-                raise Stale(f"node {node} was never given out")
-            return ino
+    def node(self, entry: Entry) -> int:
+        """The number of this version of this path, as the kernel is told of it now."""
+        if not self._passthrough or entry.kind is Kind.DIRECTORY:
+            return entry.ino | (entry.generation & _GENERATION) << _GENERATION_AT
+        first = self._first(entry)
+        turns = self._turns.get(first)
+        return first if turns is None else first | turns.told << _TURN_AT
 
     def opened(self, node: int) -> Entry | None:
         """The entry that `node` was opened as; None when nobody has it open."""
@@ -116,28 +139,61 @@ class Nodes:
 
     def check(self, node: int, entry: Entry) -> None:
         """Raise Stale unless `entry` is the version that `node` names."""
-        # A node that is not remembered is named by no kernel object with state: any version will do.
-        mark = self._marks.get(node)
-        if mark is not None and mark != _mark(entry):
+        if read(node).generation != entry.generation & _GENERATION:
             raise Stale(f"{entry.name!r} has another version now than node {node}")
 
-    def open(self, node: int, entry: Entry) -> None:
-        """Keep `entry` as what `node` is, until as many `close`s."""
+    def open(self, node: int, entry: Entry, backing: Backing | None = None) -> None:
+        """Bind `node` to `backing`, or to being served, until as many `close`s. Raises Stale when it is
+        open in another way, or may be."""
         with self._lock:
+            if not self._passthrough:
+                assert backing is None, "nothing is passed through on this mount"
+            elif read(node).life != self._life:
+                raise Stale(f"node {node} was told of by an earlier daemon: how it is open is not known")
             held = self._open.get(node)
             if held is None:
-                self._open[node] = _Open(entry, 1)
-            else:
+                self._open[node] = _Open(entry, backing, 1)
+            elif held.backing == backing:
                 held.opens += 1
+            else:
+                self._turn(entry, backing)
+                raise Stale(f"node {node} is open in another way")
+            turns = self._turns.get(self._first(entry))
+            if turns is not None and held is None:
+                turns.nodes += 1
 
     def close(self, node: int) -> None:
         """Undo one `open`."""
         with self._lock:
             held = self._open[node]
             held.opens -= 1
-            if not held.opens:
-                del self._open[node]
+            if held.opens:
+                return
+            del self._open[node]
+            first = self._first(held.entry)
+            turns = self._turns.get(first)
+            if turns is not None:
+                turns.nodes -= 1
+                if not turns.nodes:
+                    del self._turns[first]
 
     def stats(self) -> NodeStats:
         with self._lock:
-            return NodeStats(known=len(self._counts), later=len(self._paths), open=len(self._open))
+            passed = sum(held.backing is not None for held in self._open.values())
+            return NodeStats(open=len(self._open), passthrough=passed)
+
+    def _first(self, entry: Entry) -> int:
+        """Turn 0 of this version in this life."""
+        generation = entry.generation & _GENERATION
+        return entry.ino | generation << _GENERATION_AT | self._life << _LIFE_AT
+
+    def _turn(self, entry: Entry, backing: Backing | None) -> None:
+        """Let lookups be told of a turn that can be opened on `backing`; under the lock."""
+        first = self._first(entry)
+        nodes = [(turn, self._open.get(first | turn << _TURN_AT)) for turn in range(_TURNS)]
+        alike = [turn for turn, held in nodes if held is not None and held.backing == backing]
+        free = [turn for turn, held in nodes if held is None]
+        turns = self._turns.get(first)
+        if turns is None:
+            turns = self._turns[first] = _Turns(0, sum(held is not None for _, held in nodes))
+        turns.told = (alike or free or [0])[0]

@@ -785,6 +785,11 @@ def decode_header(buffer: Buffer) -> Header:
     return header
 
 
+def opcode_of(buffer: Buffer) -> int:
+    """The opcode alone, of a request that is whole."""
+    return int(_U32.unpack_from(buffer, 4)[0])
+
+
 def decode(buffer: Buffer, table: Mapping[int, Decoder] | None = None) -> tuple[Header, Request]:
     """The request that fills `buffer`. `table`: what `decoders` made for what was negotiated."""
     header = decode_header(buffer)

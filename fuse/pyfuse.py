@@ -97,8 +97,8 @@ class _Operations(pyfuse3.Operations):
         return self._encode(found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        # A node is arithmetic: there is nothing to be forgotten.
         self.requests["forget"] += 1
-        self.files.forget(inode_list)
 
     @_answered
     async def getattr(self, inode: int, ctx: object) -> pyfuse3.EntryAttributes:
@@ -117,7 +117,6 @@ class _Operations(pyfuse3.Operations):
         for name, attributes, offset in listed:
             # `reply` copies, so one object serves all entries.
             if not reply(token, name, self._fill(encoded, attributes), offset):
-                self.files.forget([(attributes.node, 1)])
                 break
 
     @_answered
@@ -126,11 +125,11 @@ class _Operations(pyfuse3.Operations):
 
     @_answered
     async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
-        handle = self.files.open_nowait(inode, flags)
-        if handle is None:
-            handle = await self._in_thread(self.files.open, inode, flags)
+        opened = self.files.open_nowait(inode, flags)
+        if opened is None:
+            opened = await self._in_thread(self.files.open, inode, flags)
         # A node is one version, so its pages stay true from one open to the next.
-        return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+        return pyfuse3.FileInfo(fh=opened.handle, keep_cache=True)
 
     @_answered
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # it takes any

@@ -85,11 +85,17 @@ MOUNT = (
     Flag("negative-timeout", "DURATION", "how long it believes that a name does not exist; default: as "
          "--entry-timeout"),
     Flag("read-ahead", "SIZE", "what the kernel reads ahead on this mount; default 1MiB"),
-    Flag("max-tasks", "N", "requests handled at once at most; default 64"),
-    Flag("min-tasks", "N", "idle request tasks that are kept; default 8"),
+    Flag("max-threads", "N", "native driver: requests handled at once at most; default 64"),
+    Flag("max-idle-threads", "N", "native driver: threads that wait for requests at most; about as many as "
+         "there are readers; default 16"),
+    Flag("max-tasks", "N", "pyfuse3 driver: requests handled at once at most; default 64"),
+    Flag("min-tasks", "N", "pyfuse3 driver: idle request tasks that are kept; default 8"),
     Flag("metadata-entries", "N", "names held in memory in front of the index, 0.5 KiB each; default 200000"),
     Flag("xattr", "", "show user.datacache.{uri,version,tier,cached}"),
-    Flag("driver", "NAME", "auto or pyfuse3; default auto"),
+    Flag("driver", "NAME", "native, pyfuse3, or auto: native on Linux 6.9 and newer; default auto"),
+    Flag("io", "HOW", "native driver: passthrough (the kernel reads whole cached files itself), pagecache "
+         "(no requests for what it has read), served, or auto: pagecache for snapshots of small files, "
+         "else passthrough; default auto"),
 )  # fmt: skip
 DAEMON = (
     Flag("metrics", "HOST:PORT", "serve Prometheus metrics there; default: not at all"),

@@ -238,7 +238,8 @@ def _worker(args: argparse.Namespace) -> Iterator[tuple["Control", str]]:
     from datacache.worker import Worker
 
     try:
-        worker = Worker(settings)
+        # A mount of the same data set may have named versions to its kernel that this must not forget.
+        worker = Worker(settings, resumed=True)
     except Locked as locked:
         owner = targets.find(locked.directory)
         if owner is None or owner.worker.dataset != settings.dataset.name:

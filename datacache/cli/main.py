@@ -37,6 +37,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "mount": Command("mount", "show a bucket as a local directory"),
     "umount": Command("umount", "unmount it and wait for its daemon to end"),
+    "upgrade": Command("upgrade", "put a new daemon behind a mount that is in use"),
     "load": Command("load", "bring a data set into the cache before it is read"),
     "status": Command("status", "how mounts and their caches are doing"),
     "ls": Command("ls", "list a directory: what of it is cached, and where"),

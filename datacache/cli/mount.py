@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Mount. 0 when it answers (in the foreground: when it has ended cleanly)."""
-    uris, directory = _split(args.words)
-    settings = flags.read(args, uris, directory=_real(directory))
+    uris, directory = split(args.words)
+    settings = flags.read(args, uris, directory=real(directory))
     if not settings.mount.directory:
         raise SettingError("DIR", "", "the directory to mount at, as the last argument")
     return mount(settings, foreground=args.foreground)
@@ -288,14 +288,14 @@ def _check_runtime(directory: str) -> None:
         raise SettingError("DATACACHE_RUNTIME", directory, f"a directory for sockets ({error})") from error
 
 
-def _split(words: list[str]) -> tuple[list[str], str]:
+def split(words: list[str]) -> tuple[list[str], str]:
     """The URIs and the directory of `URI... DIR`. The directory may come from a config file."""
     if words and "://" not in words[-1]:
         return words[:-1], words[-1]
     return words, ""
 
 
-def _real(directory: str) -> str:
+def real(directory: str) -> str:
     """`directory` as the kernel calls it. What is mounted there is not touched: it may hang."""
     from fuse import mountpoint
 

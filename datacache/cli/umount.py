@@ -100,6 +100,8 @@ def _wait_for(process: int, pid: int, *, force: bool) -> None:
         return
     if force:
         with suppress(ProcessLookupError):
+            if os.getpgid(pid) == pid:  # a broker and its daemon, which may be what hangs
+                os.killpg(pid, signal.SIGKILL)
             signal.pidfd_send_signal(process, signal.SIGKILL)
         if _ended(process, END_TIMEOUT):
             return

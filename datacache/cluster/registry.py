@@ -26,6 +26,7 @@ class Registration:
     """A running worker, and how it is found."""
 
     pid: int
+    """The process to wait for, or to end: the worker itself, or the broker that keeps its mount."""
     mount: str
     """Where it is mounted; empty for a worker without a mount (`load` on a cache)."""
     dataset: str
@@ -41,11 +42,13 @@ class Registration:
     """Boot and start time of the process; `register` fills it in."""
 
 
-def socket_path(runtime: str, *, dataset: str, mount: str) -> str:
-    """Where this process's worker of `dataset` at `mount` listens."""
+def socket_path(runtime: str, *, dataset: str, mount: str, pid: int | None = None) -> str:
+    """Where the worker of `dataset` at `mount` listens that others know as process `pid`: this one, where
+    none is given."""
+    pid = pid or os.getpid()
     which = hashlib.blake2b(json.dumps([dataset, mount]).encode(), digest_size=4).hexdigest()
-    start = _born(os.getpid()).rpartition(":")[2]
-    return os.path.join(runtime, f"{os.getpid()}-{start}-{which}.sock")
+    start = _born(pid).rpartition(":")[2]
+    return os.path.join(runtime, f"{pid}-{start}-{which}.sock")
 
 
 def make_private(directory: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from datacache.config.settings import Consistency, Fill, Placement, Policy
+from datacache.config.settings import IO, Consistency, Fill, Placement, Policy
 from datacache.model import GiB, KiB, Medium, MiB, TiB, parse_duration, parse_size
 
 PREFIX = "DATACACHE_"
@@ -236,7 +236,8 @@ KEYS: Mapping[str, Key] = {
         Key("strict", "index.strict", _BOOLEAN),
         Key("snapshot", "index.snapshot", NAME),
         Key("directory", "mount.directory", PATH),
-        Key("driver", "mount.driver", _choice(("auto", "pyfuse3"))),
+        Key("driver", "mount.driver", _choice(("auto", "native", "pyfuse3"))),
+        Key("io", "mount.io", _choice(IO, IO)),
         Key("uid", "mount.uid", Kind("a user, by number or name", _user)),
         Key("gid", "mount.gid", Kind("a group, by number or name", _group)),
         Key("file-mode", "mount.file_mode", _MODE),
@@ -246,6 +247,8 @@ KEYS: Mapping[str, Key] = {
         Key("attr-timeout", "mount.attr_timeout", _duration(0, INF)),
         Key("negative-timeout", "mount.negative_timeout", _duration(0, INF)),
         Key("read-ahead", "mount.read_ahead", _size(0, 1 * GiB)),
+        Key("max-threads", "mount.max_threads", _integer(1, 4096)),
+        Key("max-idle-threads", "mount.max_idle_threads", _integer(1, 4096)),
         Key("max-tasks", "mount.max_tasks", _integer(1, 4096)),
         Key("min-tasks", "mount.min_tasks", _integer(1, 4096)),
         Key("metadata-entries", "mount.metadata_entries", _integer(1, 100_000_000)),

@@ -456,6 +456,11 @@ def _check_together(values: dict[str, dict[str, Any]], given: Mapping[str, _Give
         if "min-tasks" in given:
             raise SettingError(written("min-tasks"), least, f"at most {written('max-tasks')}, {most}")
         values["mount"]["min_tasks"] = most
+    most, idle = (value(MountSettings, "mount", f) for f in ("max_threads", "max_idle_threads"))
+    if idle > most:
+        if "max-idle-threads" in given:
+            raise SettingError(written("max-idle-threads"), idle, f"at most {written('max-threads')}, {most}")
+        values.setdefault("mount", {})["max_idle_threads"] = most
     memory, block = (value(ReadingSettings, "reading", f) for f in ("memory", "block_size"))
     if memory < 2 * block:
         name = "memory" if "memory" in given else "block-size"

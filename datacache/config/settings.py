@@ -43,6 +43,20 @@ class Fill(enum.StrEnum):
     """The pages that the read touches and no more, unless the reads turn out to be sequential."""
 
 
+class IO(enum.StrEnum):
+    """How files of a mount are read."""
+
+    AUTO = "auto"
+    """`pagecache` for snapshots and manifests of small files, `passthrough` otherwise."""
+    PASSTHROUGH = "passthrough"
+    """The kernel reads cached files itself, once they are whole: as fast as the disk or RAM they lie in."""
+    PAGECACHE = "pagecache"
+    """The kernel opens files without asking and keeps what it has read: no requests from the second epoch
+    on, while it fits in memory."""
+    SERVED = "served"
+    """The kernel asks for every open, and for every read that it has no pages of."""
+
+
 @dataclass(frozen=True)
 class SourceSettings:
     """How a store is talked to."""
@@ -134,7 +148,9 @@ class MountSettings:
     directory: str = ""
     """Where; absolute."""
     driver: str = "auto"
-    """`auto` or `pyfuse3`."""
+    """`native`, `pyfuse3`, or `auto`: native where the kernel is new enough (Linux 6.9)."""
+    io: IO = IO.AUTO
+    """How the native driver has files read; the kernel is told once, so it stays until the unmount."""
     uid: int | None = None
     """Owner of all files; None: who mounts."""
     gid: int | None = None
@@ -153,8 +169,12 @@ class MountSettings:
     """Seconds for which the kernel believes that a name does not exist; None: as `entry_timeout`."""
     read_ahead: int = 1 * MiB
     """Bytes that the kernel reads ahead; set through the mount's bdi (128 KiB without: 2x slower)."""
+    max_threads: int = 64
+    """Requests handled at once at most by the native driver; each thread is about 100 KiB."""
+    max_idle_threads: int = 16
+    """Threads of the native driver that wait for requests at most; about as many as there are readers."""
     max_tasks: int = 64
-    """Requests handled at once at most."""
+    """Requests handled at once at most by the portable driver."""
     min_tasks: int = 8
     """Idle request tasks that are kept; fewer are started anew for each burst."""
     metadata_entries: int = 200_000
@@ -191,6 +211,6 @@ class Settings:
 
 
 __all__ = [
-    "CacheSettings", "Consistency", "Fill", "IndexSettings", "MountSettings", "Placement", "Policy",
+    "IO", "CacheSettings", "Consistency", "Fill", "IndexSettings", "MountSettings", "Placement", "Policy",
     "ReadingSettings", "Settings", "SourceSettings", "TierSettings",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote
+from uuid import uuid4
 
 from datacache.errors import IndexBroken, SettingError
 from datacache.index import names
@@ -475,7 +476,7 @@ def create_schema(connection: sqlite3.Connection, skeleton: Iterable[Skeleton], 
         connection.execute(statement)
     rows = [(s.ino, s.parent, s.name, DIRECTORY, 0, 0, s.mount, b"", "", "", "", 0) for s in skeleton]
     connection.executemany(INSERT, rows)
-    found = {"files": 0, "bytes": 0, "directories": len(rows), "edition": 0} | meta
+    found = {"files": 0, "bytes": 0, "directories": len(rows), "edition": 0, "id": uuid4().hex} | meta
     connection.executemany("INSERT INTO meta VALUES (?,?)", found.items())
     connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
@@ -579,8 +580,10 @@ def open_live(path: str, *, made_for: str, skeleton: Sequence[Skeleton], resumed
     return Database(path, pinned=False)
 
 
-_LIFE = 40
-"""Bits of the `ino`s of one catalogue: a trillion paths, in 8 million catalogues."""
+INO_BITS = 40
+"""Bits of every `ino`: a FUSE node's number has 63, and has to say the version, too."""
+_LIFE = 33
+"""Bits of the `ino`s of one catalogue: 8 billion paths, in 128 catalogues before a number comes again."""
 
 
 def _next_life(lock: str) -> int:
@@ -598,11 +601,15 @@ def _next_life(lock: str) -> int:
     return life
 
 
+def _first(life: int) -> int:
+    return (life << _LIFE) % (1 << INO_BITS)
+
+
 def _beyond(skeleton: Sequence[Skeleton], life: int) -> list[Skeleton]:
     """`skeleton` with `ino`s that no earlier catalogue had; the root's is always the same."""
 
     def moved(ino: int) -> int:
-        return ino if ino <= ROOT else ino + (life << _LIFE)
+        return ino if ino <= ROOT else ino + _first(life)
 
     return [s._replace(ino=moved(s.ino), parent=moved(s.parent)) for s in skeleton]
 
@@ -630,7 +637,7 @@ def _create(path: str, made_for: str, skeleton: Sequence[Skeleton], *, life: int
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("BEGIN IMMEDIATE")
         create_schema(connection, _beyond(skeleton, life), {"made_for": made_for})
-        connection.execute("UPDATE sqlite_sequence SET seq=max(seq, ?)", (life << _LIFE,))
+        connection.execute("UPDATE sqlite_sequence SET seq=max(seq, ?)", (_first(life),))
         create_indexes(connection)
         connection.execute(_FORMER)
         connection.execute(_KEEP_FORMER)

@@ -33,6 +33,10 @@ class IndexStats:
 class Index(Protocol):
     """The names of one data set."""
 
+    @property
+    def identity(self) -> str:
+        """Which catalogue this is: the numbers of another one (`ino`) mean other paths."""
+
     def lookup(self, parent: int, name: bytes) -> Entry:
         """The entry of `name` in directory `parent`, listing or revalidating as needed. May block.
 

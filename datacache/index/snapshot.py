@@ -128,6 +128,10 @@ class SnapshotIndex:
     def walk(self, path: str = "/") -> Iterator[tuple[str, Entry]]:
         return walking.walk(self, path)
 
+    @property
+    def identity(self) -> str:
+        return str(self._database.meta()["id"])
+
     def path(self, ino: int) -> str:
         return walking.path_of(self, ino)
 

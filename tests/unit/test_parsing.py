@@ -152,7 +152,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"consistency": "revalidate", "snapshot": "v1"},
      "--consistency: 'revalidate' will not do; expected immutable, with --snapshot"),
     ({"strict": "yes"}, "--strict: 'yes' will not do; expected true or false"),
-    ({"driver": "native"}, "--driver: 'native' will not do; expected auto or pyfuse3"),
+    ({"driver": "fast"}, "--driver: 'fast' will not do; expected auto, native or pyfuse3"),
+    ({"io": "direct"}, "--io: 'direct' will not do; expected auto, passthrough, pagecache or served"),
+    ({"max-idle-threads": "65"}, "--max-idle-threads: 65 will not do; expected at most max-threads, 64"),
     ({"log-level": "loud"}, "--log-level: 'loud' will not do; expected debug, info, warning or error"),
     ({"log-format": "xml"}, "--log-format: 'xml' will not do; expected text or json"),
     # the mount

@@ -20,6 +20,7 @@ from datacache.cluster import registry
 from datacache.cluster.client import ControlClient
 from datacache.config.parsing import dump_settings
 from datacache.config.settings import (
+    IO,
     CacheSettings,
     IndexSettings,
     MountSettings,
@@ -28,6 +29,7 @@ from datacache.config.settings import (
 )
 from datacache.model import Dataset, Medium, MiB, MountPoint
 from fuse import mountpoint
+from fuse.__main__ import is_native
 
 START = 30.0
 """Seconds for a daemon to say that it has mounted, on a machine that is busy with other things."""
@@ -46,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class Daemon:
-    """A mount and the process behind it."""
+    """A mount and the process behind it: the daemon, or with the native driver its broker."""
 
     bucket: Path
     """The directory that is the store."""
@@ -85,6 +87,19 @@ class Daemon:
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """kill -9 of all that is behind the mount."""
+        assert self.process is not None
+        daemon = self.status()["pid"]
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            if daemon != self.process.pid:
+                ended = os.pidfd_open(daemon)
+                os.kill(daemon, signal.SIGKILL)
+                select.select([ended], [], [], STOP)
+                os.close(ended)
 
     def stop(self) -> None:
         """End it, whatever state it is in."""
@@ -141,8 +156,17 @@ def bucket(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.fixture(params=["native", "pyfuse3"])
+def driver(request: pytest.FixtureRequest) -> str:
+    """Each test of `daemon` runs on both drivers."""
+    chosen = str(request.param)
+    if chosen == "native" and not is_native("auto"):
+        pytest.skip("this kernel is older than Linux 6.9, where the native driver begins")
+    return chosen
+
+
 @pytest.fixture
-def daemon(tmp_path: Path, bucket: Path) -> Iterator[Start]:
+def daemon(tmp_path: Path, bucket: Path, driver: str) -> Iterator[Start]:
     """Makes daemons over `bucket`, all with one state, cache and mount point unless told otherwise;
     starts them; ends them."""
     made: list[Daemon] = []
@@ -151,6 +175,7 @@ def daemon(tmp_path: Path, bucket: Path) -> Iterator[Start]:
         *,
         mount: MountSettings | None = None,
         index: IndexSettings | None = None,
+        io: IO = IO.AUTO,
         directory: Path = tmp_path / "mnt",
         cache: Path = tmp_path / "cache",
         start: bool = True,
@@ -162,7 +187,7 @@ def daemon(tmp_path: Path, bucket: Path) -> Iterator[Start]:
             runtime=str(tmp_path / "runtime"),
             cache=CacheSettings(tiers=(TierSettings(Medium.SSD, str(cache), 256 * MiB),)),
             index=index or IndexSettings(),
-            mount=replace(mount or MountSettings(), directory=str(directory)),
+            mount=replace(mount or MountSettings(), directory=str(directory), driver=driver, io=io),
         )
         one = Daemon(bucket, settings, log=tmp_path / "daemon.log")
         made.append(one)

@@ -68,6 +68,13 @@ class Shell:
         assert code == 0, err
         return out
 
+    def kill(self) -> int:
+        """kill -9 of all that is behind the mount, its broker first; what was the daemon's pid."""
+        status = json.loads(self.do("status", str(self.mnt), "--json"))
+        for pid in filter(None, (status["broker"], status["pid"])):
+            _kill(pid)
+        return int(status["pid"])
+
     def pid(self) -> int:
         """The daemon of the mount."""
         return int(json.loads(self.do("status", str(self.mnt), "--json"))["pid"])
@@ -197,13 +204,13 @@ def test_a_dead_daemon_is_cleared_away(shell: Shell) -> None:
     """kill -9 leaves a stale mount; the next mount takes it off and keeps the cache, so does umount."""
     shell.do("mount", shell.data, str(shell.mnt), *shell.tier)
     assert (shell.mnt / "img/1.jpg").read_bytes() == CONTENTS["img/1.jpg"]
-    _kill(shell.pid())
+    shell.kill()
     assert shell.do("status") == "nothing is mounted\n"
     code, _, err = shell.say("mount", shell.data, str(shell.mnt), *shell.tier)
     assert code == 0, err
     assert "a process that is gone" in err
     assert "100 %" in shell.do("ls", str(shell.mnt / "img/1.jpg"))
-    _kill(shell.pid())
+    shell.kill()
     code, _, err = shell.say("umount", str(shell.mnt))
     assert (code, "a process that is gone" in err) == (0, True)
     assert mountpoint.is_mounted(str(shell.mnt)) is None
@@ -252,7 +259,7 @@ def test_in_the_foreground(shell: Shell, end: str) -> None:
     if end == "umount":
         shell.do("umount", str(shell.mnt))
     elif end == "SIGKILL":
-        _kill(pid)
+        shell.kill()
     else:
         child.send_signal(signal.Signals[end])
     _, err = child.communicate(timeout=PATIENCE)

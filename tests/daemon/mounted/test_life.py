@@ -154,8 +154,7 @@ def test_a_mount_that_was_killed_is_stale_and_the_next_one_cleans_it(
     for name, data in filled.items():
         assert (mounted.directory / name).read_bytes() == data
         mounted.wait_until_cached(name, len(data))
-    mounted.signal(signal.SIGKILL)
-    mounted.wait()
+    mounted.kill()
     with pytest.raises(OSError) as gone:
         os.listdir(mounted.directory)
     assert gone.value.errno == errno.ENOTCONN
@@ -174,8 +173,7 @@ def test_a_stale_mount_can_be_unmounted(daemon: Start, logs: AnnouncedLogs) -> N
     logs.expect("was still mounted by a process that is gone")
     for clean in (mountpoint.unmount, mountpoint.clean_stale):
         mounted = daemon()
-        mounted.signal(signal.SIGKILL)
-        mounted.wait()
+        mounted.kill()
         clean(str(mounted.directory))
         assert nothing_left(mounted)
 

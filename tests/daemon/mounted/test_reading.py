@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from datacache.config.settings import Consistency, IndexSettings, MountSettings
+from datacache.config.settings import IO, Consistency, IndexSettings, MountSettings
 from datacache.model import KiB, MiB
 from fuse import mountpoint
 from tests.daemon.mounted.conftest import Start
@@ -80,7 +80,7 @@ def test_concurrent_readers_see_the_stores_bytes(daemon: Start, bucket: Path) ->
     assert mounted.status()["reads"]["bytes_fetched"] == sum(map(len, contents.values()))
 
 
-def test_two_versions_of_one_path_are_open_at_once(daemon: Start, bucket: Path) -> None:
+def test_two_versions_of_one_path_are_open_at_once(daemon: Start, bucket: Path, driver: str) -> None:
     """Two versions of one path can be open at once, and each reads its own bytes.
     An open file keeps its version, whatever happens in the bucket; an open sees the current one."""
     put(bucket / "f", b"the first version" * 1000)
@@ -95,7 +95,9 @@ def test_two_versions_of_one_path_are_open_at_once(daemon: Start, bucket: Path) 
             assert os.pread(before.fileno(), 1 << 20, 0) == b"the first version" * 1000
             sizes = [os.fstat(file.fileno()).st_size for file in (before, after)]
             assert sizes == [17000, 6]
-            assert os.fstat(before.fileno()).st_ino != os.fstat(after.fileno()).st_ino
+            inos = {os.fstat(file.fileno()).st_ino for file in (before, after)}
+            # pyfuse3 knows one number for the node, which names a version, and for st_ino.
+            assert len(inos) == (1 if driver == "native" else 2)
     assert path.read_bytes() == b"second"
 
 
@@ -137,7 +139,7 @@ def test_a_version_that_is_neither_cached_nor_in_the_store_is_estale(daemon: Sta
     """A read returns the bytes of exactly one version of the object, or an error: not other bytes, not
     a short read. The bucket no longer has the version, and it is not cached: ESTALE."""
     put(bucket / "f", b"first" * 1000)
-    mounted = daemon(index=EAGER)
+    mounted = daemon(index=EAGER, io=IO.SERVED)
     with open(mounted.directory / "f", "rb") as file:
         put(bucket / "f", b"other" * 1000)
         with pytest.raises(OSError) as gone:
@@ -180,7 +182,7 @@ def test_odd_names_are_shown_as_they_are(daemon: Start, bucket: Path) -> None:
             assert file.read() == name
 
 
-def test_a_directory_of_20000_entries_is_listed_whole(daemon: Start, bucket: Path) -> None:
+def test_a_directory_of_20000_entries_is_listed_whole(daemon: Start, bucket: Path, driver: str) -> None:
     """Each name once, with its attributes, in few requests; also after a seek back."""
     for i in range(20_000):
         os.close(os.open(bucket / f"{i:06}", os.O_CREAT | os.O_WRONLY))
@@ -190,7 +192,7 @@ def test_a_directory_of_20000_entries_is_listed_whole(daemon: Start, bucket: Pat
     assert sorted(found) == [(f"{i:06}", True) for i in range(20_000)]
     assert len(set(os.listdir(mounted.directory))) == 20_000
     asked = mounted.requests()
-    assert asked["readdir"] < 2 * 20_000 / 20
+    assert asked["readdirplus" if driver == "native" else "readdir"] < 2 * 20_000 / 20
     assert all((mounted.directory / name).stat().st_size == 0 for name, _ in found[:500])
     assert mounted.requests().get("lookup", 0) == asked.get("lookup", 0), "readdir has told of them already"
 
@@ -354,7 +356,7 @@ def test_requests_per_file(daemon: Start, bucket: Path) -> None:
     """Names come with the listing; a file is open, read, release; the second time its pages are there."""
     for i in range(50):
         (bucket / f"{i:03}").write_bytes(b"x" * 5000)
-    mounted = daemon(index=IndexSettings(consistency=Consistency.IMMUTABLE))
+    mounted = daemon(index=IndexSettings(consistency=Consistency.IMMUTABLE), io=IO.SERVED)
     names = os.listdir(mounted.directory)
     asked = []
     for _ in range(2):

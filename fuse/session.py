@@ -1,0 +1,326 @@
+"""
+The native driver: threads that read requests from `/dev/fuse` and answer them.
+
+A thread takes one request, decodes it, makes one call on `FileSystem`, writes the answer. A call may
+wait for a store or a disk: then other threads go on. There is always one that reads, up to
+`max_threads`; those that have nothing to do beyond `max_idle_threads` end.
+
+Every exception becomes an errno: a handler that fails answers EIO, and the next request is served.
+What cannot be understood is answered EIO, too.
+
+State that has to outlive this process there is none: node and handle numbers say what they name
+(`nodes`), so a successor only has to have the kernel send again what was unanswered (`resend`).
+"""
+
+import errno
+import logging
+import os
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datacache.model import Entry
+from fuse import protocol
+from fuse.connection import AGAIN, REQUEST, Agreement, writer
+from fuse.filesystem import Attributes, FileSystem
+from fuse.protocol import Buffer, Header, Opcode, OpenFlag
+
+log = logging.getLogger(__name__)
+
+_GONE = frozenset((errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN))
+"""What reading or writing the device says when the mount is gone."""
+
+_BLOCK = 4096
+"""`st_blksize`. Not the size of our blocks: Python's open() reads in pieces of this, so a large one would
+turn each small random read into a large one."""
+
+Answer = Sequence[Buffer] | None
+Handler = Callable[[Header, Any], Answer]
+
+
+class Session:
+    """Serves one connection. Started by `start`; `wait` returns when the mount is gone."""
+
+    def __init__(
+        self,
+        files: FileSystem,
+        descriptor: int,
+        agreement: Agreement,
+        *,
+        max_threads: int,
+        max_idle_threads: int,
+    ) -> None:
+        self.files = files
+        self._descriptor, self._agreement = descriptor, agreement
+        self._most, self._most_idle = max_threads, max_idle_threads
+        self._decoders = protocol.decoders(agreement.capabilities)
+        # Under the lock: what is counted, threads that there are, and those of them that read.
+        self._lock = threading.Lock()
+        self._requests: Counter[int] = Counter()
+        self._threads = self._idle = 0
+        self._ended = threading.Event()
+        self._ending = False  # told to end: what fails from now on is for a successor to answer
+        self._open_flags = int(OpenFlag.KEEP_CACHE)
+        self._directory_flags = int(
+            OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR if agreement.cached_directories else 0
+        )
+        self._notices: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._handlers: Mapping[int, Handler] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.GETATTR: self._getattr,
+            Opcode.OPEN: self._open,
+            Opcode.READ: self._read,
+            Opcode.RELEASE: self._release,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
+            Opcode.RELEASEDIR: self._releasedir,
+            Opcode.STATFS: self._statfs,
+            Opcode.GETXATTR: self._getxattr,
+            Opcode.LISTXATTR: self._listxattr,
+            Opcode.DESTROY: self._destroy,
+            # No answer is owed. A node is arithmetic, so there is nothing to be forgotten; and every
+            # request that may wait is bounded by itself, so there is nothing to be interrupted.
+            Opcode.FORGET: self._ignore,
+            Opcode.BATCH_FORGET: self._ignore,
+            Opcode.INTERRUPT: self._ignore,
+            **dict.fromkeys(_WRITES, self._refuse),
+        }
+
+    def __repr__(self) -> str:
+        return f"<Session {self._threads} threads, {self._idle} idle>"
+
+    def start(self, *, resend: bool = False) -> None:
+        """Begin to answer. `resend`: first have the kernel send again what an earlier daemon read and did
+        not answer."""
+        if resend:
+            os.write(self._descriptor, protocol.notify_resend())
+        threading.Thread(target=self._notify, name="fuse-notify", daemon=True).start()
+        with self._lock:
+            self._spawn()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Return when the mount is gone, or `end` was called; False when neither within `timeout` seconds."""
+        return self._ended.wait(timeout)
+
+    def end(self) -> None:
+        """Answer nothing more than what is done already: the rest is for a successor. Called by a signal
+        handler."""
+        self._ending = True
+        self._ended.set()
+
+    @property
+    def ending(self) -> bool:
+        """Whether `end` was called."""
+        return self._ending
+
+    def requests(self) -> dict[str, int]:
+        """Requests answered so far, by kind."""
+        with self._lock:
+            return {protocol.opcode_name(code).lower(): count for code, count in self._requests.items()}
+
+    def threads(self) -> int:
+        """Threads that there are now."""
+        return self._threads
+
+    def superseded(self, entries: Sequence[Entry]) -> None:
+        """The bucket has other versions of these: let the kernel look their names up again, however long
+        it was told to believe them."""
+        for entry in entries:
+            self._notices.put(protocol.notify_inval_entry(self.files.directory_node(entry), entry.name))
+
+    # ---- threads ---------------------------------------------------------------------------------
+
+    def _spawn(self) -> None:
+        """One more thread, which counts as idle until it has a request; under the lock."""
+        self._threads += 1
+        self._idle += 1
+        # Not joined: one that reads cannot be woken but by the kernel. Ending the process is what ends it,
+        # and a request that it had just read is sent again to whoever comes next.
+        threading.Thread(target=self._run, name="fuse", daemon=True).start()
+
+    def _run(self) -> None:
+        buffer = bytearray(REQUEST)
+        view, room = memoryview(buffer), [buffer]
+        descriptor, readv, writev, lock = self._descriptor, os.readv, os.writev, self._lock
+        while True:
+            try:
+                length = readv(descriptor, room)
+            except OSError as error:
+                if error.errno in AGAIN:
+                    continue
+                if error.errno not in _GONE:
+                    log.error("reading requests failed: %s", error)
+                self._ended.set()
+                return
+            if self._ending:
+                return  # unanswered: it is sent again to whoever comes next
+            opcode = protocol.opcode_of(buffer)
+            with lock:
+                self._requests[opcode] += 1
+                self._idle -= 1
+                if not self._idle and self._threads < self._most:
+                    self._spawn()
+            answer = self._answer(view[:length])
+            if answer is not None:
+                try:
+                    writev(descriptor, answer)
+                except OSError as error:
+                    # ENOENT: whoever asked was killed, or it was sent again and answered by another.
+                    if error.errno not in _GONE and error.errno != errno.ENOENT:
+                        log.error("answering %s failed: %s", protocol.opcode_name(opcode), error)
+                        self._owe(answer)
+            with lock:
+                if self._idle >= self._most_idle:
+                    self._threads -= 1
+                    return
+                self._idle += 1
+
+    def _answer(self, request: memoryview) -> Answer:
+        """What to write for a request. Never raises."""
+        try:
+            header, body = protocol.decode(request, self._decoders)
+        except protocol.Malformed as malformed:
+            log.error("%s", malformed)
+            return protocol.error(malformed.unique, errno.EIO) if malformed.unique else None
+        handler = self._handlers.get(header.opcode)
+        if handler is None:
+            return protocol.error(header.unique, errno.ENOSYS)
+        try:
+            return handler(header, body)
+        except Exception as error:  # noqa: BLE001  whoever asked must be answered; it is logged below
+            if self._ending:
+                return None  # what it stood on is being taken down
+            number = self.files.failed(protocol.opcode_name(header.opcode).lower(), error)
+            return protocol.error(header.unique, number)
+
+    def _owe(self, answer: Sequence[Buffer]) -> None:
+        """The kernel would not take an answer: whoever waits must not wait for ever."""
+        unique = protocol.decode_reply(b"".join(answer)).unique
+        try:
+            os.writev(self._descriptor, protocol.error(unique, errno.EIO))
+        except OSError as error:
+            log.error("not even EIO could be answered: %s", error)
+
+    def _notify(self) -> None:
+        """Send notifications, from a thread of their own: the kernel may take locks for one that are held by
+        a request which waits for another thread of ours."""
+        write = writer(self._descriptor)
+        while (notice := self._notices.get()) is not None:
+            try:
+                write(notice)
+            except OSError as error:
+                log.error("notifying the kernel failed: %s", error)
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def _lookup(self, header: Header, body: protocol.LookupIn) -> Answer:
+        found = self.files.lookup(header.node, body.name)
+        return protocol.reply(header.unique, self._entry(found))
+
+    def _getattr(self, header: Header, body: protocol.GetattrIn) -> Answer:
+        found = self.files.getattr(header.node)
+        return protocol.reply(header.unique, protocol.encode_attr_out(self._attr(found), found.attr_timeout))
+
+    def _open(self, header: Header, body: protocol.OpenIn) -> Answer:
+        if self._agreement.stateless:
+            return protocol.error(header.unique, errno.ENOSYS)
+        handle, backing = self.files.open(header.node, body.flags)
+        # A node is one version, so its pages stay true from one open to the next.
+        flags = int(OpenFlag.PASSTHROUGH) if backing else self._open_flags
+        return protocol.reply(header.unique, protocol.encode_open_out(handle, flags, backing))
+
+    def _read(self, header: Header, body: protocol.ReadIn) -> Answer:
+        data = self.files.read_nowait(body.fh, body.offset, body.size)
+        if data is None:
+            data = self.files.read(body.fh, body.offset, body.size, header.node)
+        return protocol.reply(header.unique, data)
+
+    def _release(self, header: Header, body: protocol.ReleaseIn) -> Answer:
+        self.files.release(body.fh)
+        return protocol.reply(header.unique)
+
+    def _opendir(self, header: Header, body: protocol.OpenIn) -> Answer:
+        if self._agreement.stateless and self._agreement.cached_directories:
+            return protocol.error(header.unique, errno.ENOSYS)
+        handle = self.files.opendir(header.node)
+        return protocol.reply(header.unique, protocol.encode_open_out(handle, self._directory_flags))
+
+    def _readdir(self, header: Header, body: protocol.ReadIn) -> Answer:
+        into = bytearray()
+        for name, found, offset in self._listed(header, body):
+            if not protocol.add_dirent(into, body.size, found.ino, offset, found.mode >> 12, name):
+                break
+        return protocol.reply(header.unique, into)
+
+    def _readdirplus(self, header: Header, body: protocol.ReadIn) -> Answer:
+        into, room = bytearray(), body.size
+        for name, found, offset in self._listed(header, body):
+            entry = self._entry(found)
+            if not protocol.add_direntplus(into, room, entry, found.ino, offset, found.mode >> 12, name):
+                break
+        return protocol.reply(header.unique, into)
+
+    def _listed(self, header: Header, body: protocol.ReadIn) -> Any:
+        listed = self.files.readdir_nowait(body.fh, body.offset, header.node)
+        return self.files.readdir(body.fh, body.offset, header.node) if listed is None else listed
+
+    def _releasedir(self, header: Header, body: protocol.ReleaseIn) -> Answer:
+        self.files.releasedir(body.fh)
+        return protocol.reply(header.unique)
+
+    def _statfs(self, header: Header, body: object) -> Answer:
+        space = self.files.statfs()
+        blocks = -(-space.total // 4096)
+        statfs = protocol.StatfsOut(blocks, 0, 0, space.files, 0, 4096, 255, 4096)
+        return protocol.reply(header.unique, protocol.encode_statfs_out(statfs))
+
+    def _getxattr(self, header: Header, body: protocol.GetxattrIn) -> Answer:
+        return _sized(header, body.size, self.files.getxattr(header.node, body.name))
+
+    def _listxattr(self, header: Header, body: protocol.ListxattrIn) -> Answer:
+        names = self.files.listxattr(header.node)
+        return _sized(header, body.size, b"".join(name + b"\0" for name in names))
+
+    def _destroy(self, header: Header, body: object) -> Answer:
+        return protocol.reply(header.unique)
+
+    def _ignore(self, header: Header, body: object) -> Answer:
+        return None
+
+    def _refuse(self, header: Header, body: object) -> Answer:
+        return protocol.error(header.unique, errno.EROFS)
+
+    # ---- encoding --------------------------------------------------------------------------------
+
+    def _attr(self, found: Attributes) -> protocol.Attr:
+        seconds, nanoseconds = divmod(found.mtime_ns, 1_000_000_000)
+        return protocol.Attr(
+            found.ino, found.size, found.blocks, seconds, seconds, seconds,
+            nanoseconds, nanoseconds, nanoseconds, found.mode, found.nlink,
+            self.files.uid, self.files.gid, 0, _BLOCK, 0,
+        )  # fmt: skip
+
+    def _entry(self, found: Attributes) -> bytes:
+        if not found.node:
+            return protocol.encode_negative(found.entry_timeout)
+        return protocol.encode_entry(found.node, self._attr(found), found.entry_timeout, found.attr_timeout)
+
+
+def _sized(header: Header, room: int, value: bytes) -> Answer:
+    """The answer to a question that is put first with no room, for the size of the answer."""
+    if not room:
+        return protocol.reply(header.unique, protocol.encode_getxattr_out(len(value)))
+    if len(value) > room:
+        return protocol.error(header.unique, errno.ERANGE)
+    return protocol.reply(header.unique, value)
+
+
+_WRITES = (
+    Opcode.SETATTR, Opcode.SYMLINK, Opcode.MKNOD, Opcode.MKDIR, Opcode.UNLINK, Opcode.RMDIR, Opcode.RENAME,
+    Opcode.RENAME2, Opcode.LINK, Opcode.WRITE, Opcode.CREATE, Opcode.SETXATTR, Opcode.REMOVEXATTR,
+    Opcode.TMPFILE, Opcode.FALLOCATE, Opcode.COPY_FILE_RANGE,
+)  # fmt: skip
+"""The kernel refuses these by itself on a mount that is `ro`; somebody may have remounted it `rw`."""
