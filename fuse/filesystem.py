@@ -371,10 +371,12 @@ class FileSystem:
         self._directories.pop(handle, None)
 
     def _directory(self, handle: int, node: int) -> _Directory:
-        if node and handle not in self._directories:
-            with self._unopened_lock:
-                return self._unopened.setdefault(node, _Directory(nodes.path(node)))
-        return self._directories[handle]
+        if (directory := self._directories.get(handle)) is not None:
+            return directory
+        if not node:
+            raise Refused(errno.EBADF)
+        with self._unopened_lock:
+            return self._unopened.setdefault(node, _Directory(nodes.path(node)))
 
     def directory_node(self, entry: Entry) -> int:
         """The node of the directory that `entry` lies in."""
@@ -446,8 +448,10 @@ class FileSystem:
         `node`, where the driver knows it, tells what to read for a handle that is not ours.
         """
         try:
-            if handle in self._files or not node:
-                return self._files[handle].ready(self._reader).read(offset, size)
+            if (known := self._files.get(handle)) is not None:
+                return known.ready(self._reader).read(offset, size)
+            if not node:
+                raise Refused(errno.EBADF)
             with self._recovered.use(node, self._entry) as file:
                 return file.ready(self._reader).read(offset, size)
         except NotFound as gone:

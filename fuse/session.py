@@ -60,6 +60,7 @@ class Session:
         self._lock = threading.Lock()
         self._requests: Counter[int] = Counter()
         self._threads = self._idle = 0
+        self._crowded = False  # said already that threads cannot be had
         self._ended = threading.Event()
         self._ending = False  # told to end: what fails from now on is for a successor to answer
         self._open_flags = int(OpenFlag.KEEP_CACHE)
@@ -109,7 +110,11 @@ class Session:
         """Answer nothing more than what is done already: the rest is for a successor. Called by a signal
         handler."""
         self._ending = True
+        self._over()
+
+    def _over(self) -> None:
         self._ended.set()
+        self._notices.put(None)
 
     @property
     def ending(self) -> bool:
@@ -139,7 +144,18 @@ class Session:
         self._idle += 1
         # Not joined: one that reads cannot be woken but by the kernel. Ending the process is what ends it,
         # and a request that it had just read is sent again to whoever comes next.
-        threading.Thread(target=self._run, name="fuse", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="fuse", daemon=True).start()
+        except RuntimeError as error:
+            # No room for another (a cgroup's pids.max): the request that we have must be answered all the
+            # same, and after it the next.
+            self._threads -= 1
+            self._idle -= 1
+            if not self._threads:
+                raise
+            if not self._crowded:
+                self._crowded = True
+                log.warning("no more than %d threads can be had: %s", self._threads, error)
 
     def _run(self) -> None:
         buffer = bytearray(REQUEST)
@@ -153,7 +169,10 @@ class Session:
                     continue
                 if error.errno not in _GONE:
                     log.error("reading requests failed: %s", error)
-                self._ended.set()
+                self._over()
+                return
+            if not length:
+                self._over()  # not from the kernel, but from a socket in its place that is closed
                 return
             if self._ending:
                 return  # unanswered: it is sent again to whoever comes next
