@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -22,7 +23,7 @@ from datacache.cli import flags, targets
 from datacache.cli.progress import follow, line
 from datacache.cli.tables import as_json, printable
 from datacache.errors import Locked, SettingError
-from datacache.model import format_size, parse_size
+from datacache.model import format_size, parse_duration, parse_size
 from datacache.reading.job import LoadRequest, LoadStatus
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 SHOWN_FAILURES = 20
 """Failures that are printed one by one; --json has them all (the first 1,000)."""
+
+_FOREVER = 10 * 365 * 86400
+"""Seconds that stand for `inf`, which JSON has no word for."""
 
 EXAMPLES = """\
 examples:
@@ -71,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="objects",
         help="objects under way at most; default: as the worker reads",
     )
+    add("--outage-timeout", metavar="DURATION",
+        help="how long to wait for a store that stops answering; 0: not at all; default: 30m")  # fmt: skip
     add("--resume", action="store_true", help="do what the last unfinished load of TARGET was to do")
     add(
         "--verify",
@@ -174,6 +180,9 @@ def _request(args: argparse.Namespace) -> LoadRequest:
         bandwidth = parse_size(args.bandwidth, name="--bandwidth")
         if not bandwidth:
             raise SettingError("--bandwidth", args.bandwidth, "more than nothing; leave it out for no limit")
+    patience = LoadRequest.outage_timeout
+    if args.outage_timeout is not None:
+        patience = math.ceil(min(parse_duration(args.outage_timeout, name="--outage-timeout"), _FOREVER))
     files = None
     for flag, file in (("--files-from", args.files_from), ("--order", args.order)):
         if file is not None:
@@ -181,9 +190,9 @@ def _request(args: argparse.Namespace) -> LoadRequest:
                 raise SettingError("--path", args.path[0], f"either --path or {flag}")
             files = _read_list(flag, file)
     if args.order is not None:
-        for flag in ("tier", "bandwidth", "objects", "verify"):
+        for flag in ("tier", "bandwidth", "objects", "verify", "outage_timeout"):
             if getattr(args, flag):
-                named = "--concurrency" if flag == "objects" else f"--{flag}"
+                named = "--concurrency" if flag == "objects" else f"--{flag.replace('_', '-')}"
                 raise SettingError(
                     named, getattr(args, flag), "either it or --order, which loads nothing itself"
                 )
@@ -195,6 +204,7 @@ def _request(args: argparse.Namespace) -> LoadRequest:
         bandwidth=bandwidth,
         concurrency=concurrency,
         verify=args.verify,
+        outage_timeout=patience,
     )
 
 

@@ -47,7 +47,9 @@ def line(status: LoadStatus) -> str:
         f"{format_size(status.bytes_done)} of {format_size(status.bytes)}{more}",
         f"{format_size(rate(status))}/s",
     ]
-    if status.state == "running":
+    if status.waiting:
+        parts.append("waiting for the store")
+    elif status.state == "running":
         parts.append(f"{span(left(status))} left")
     if status.files_failed:
         parts.append(f"{status.files_failed} failed")
@@ -86,7 +88,8 @@ def _lines(out: TextIO, clock: Clock) -> Iterator[Update]:
         nonlocal last
         if status.state == "running" and clock.monotonic() - last >= LINE:
             last = clock.monotonic()
-            print(line(status), file=out, flush=True)
+            reason = f" ({status.waiting})" if status.waiting else ""
+            print(line(status) + reason, file=out, flush=True)
 
     yield update
 

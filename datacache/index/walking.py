@@ -1,20 +1,29 @@
 """
 Paths, on top of what every index offers: climbing up, stepping down, walking all of it.
 
-Written against the `Index` protocol, so that live and pinned indexes walk alike.
+Written against three questions of the `Index` protocol, so that live and pinned indexes walk alike.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from datacache.errors import NoSuchPath
 from datacache.index import names
-from datacache.index.index import ROOT, Index
+from datacache.index.index import ROOT
 from datacache.model import Entry, Kind
 
 _PAGE = 1000
 
 
-def resolve(index: Index, path: str) -> Entry:
+class Steps(Protocol):
+    """What of an index is asked on the way."""
+
+    def entry(self, ino: int) -> Entry: ...
+    def lookup(self, parent: int, name: bytes) -> Entry: ...
+    def children(self, parent: int, *, after: int = 0, limit: int = 1000) -> Sequence[Entry]: ...
+
+
+def resolve(index: Steps, path: str) -> Entry:
     """The entry of `path`, from the root down."""
     entry = index.entry(ROOT)
     for segment in path.split("/"):
@@ -30,7 +39,7 @@ def resolve(index: Index, path: str) -> Entry:
     return entry
 
 
-def path_of(index: Index, ino: int) -> str:
+def path_of(index: Steps, ino: int) -> str:
     """The path that `ino` names."""
     parts = []
     while ino != ROOT:
@@ -40,7 +49,7 @@ def path_of(index: Index, ino: int) -> str:
     return "/" + "/".join(reversed(parts))
 
 
-def walk(index: Index, path: str) -> Iterator[tuple[str, Entry]]:
+def walk(index: Steps, path: str) -> Iterator[tuple[str, Entry]]:
     """All files at or below `path`. Holds one page of each directory on the way down."""
     top = resolve(index, path)
     here = path_of(index, top.ino)
@@ -61,7 +70,7 @@ def walk(index: Index, path: str) -> Iterator[tuple[str, Entry]]:
             descent.pop()
 
 
-def _all_children(index: Index, parent: int) -> Iterator[Entry]:
+def _all_children(index: Steps, parent: int) -> Iterator[Entry]:
     after = 0
     while some := index.children(parent, after=after, limit=_PAGE):
         yield from some

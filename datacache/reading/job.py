@@ -23,6 +23,9 @@ class LoadRequest:
     """Objects under way at most; 0: the worker's own setting."""
     verify: bool = False
     """Hold what is present already against its checksums, and fetch again what does not match."""
+    outage_timeout: int = 1800
+    """Seconds to wait for a store that does not answer, before what is left fails. Half an hour: longer than
+    most outages, and a script still learns of it the same day. 0: not at all."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,5 @@ class LoadStatus:
     seconds: float = 0.0
     verified_bad: int = 0
     """Blocks that `verify` found damaged and fetched again."""
+    waiting: str = ""
+    """Why nothing comes now: what the store failed with that the job waits for. Empty: it does not wait."""

@@ -5,6 +5,10 @@ A job is one thread that lists what is selected and a few that make it whole. Th
 so that a progress bar knows the total early; what it is ahead by is held as a number a file, not as
 an entry. What is present is skipped, so the cache itself is the state that a job resumes from:
 running it again is resuming it. What fails is written down, one line each, and the rest goes on.
+
+An outage of the store is waited for: whoever is told that the breaker is open tries again when the next
+probe is due, for up to `outage_timeout` in all. But what has never answered is no outage: then a listing
+fails at once, since a wrong endpoint looks the same.
 """
 
 import itertools
@@ -14,26 +18,31 @@ import threading
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from datacache.cache.tier import Tier
 from datacache.clock import Clock
 from datacache.config.settings import ReadingSettings
 from datacache.errors import (
+    BreakerOpen,
     ControlError,
     DatacacheError,
     NoSuchPath,
     SettingError,
+    SourceError,
     TierBroken,
     TierFull,
+    Unavailable,
     VersionChanged,
 )
+from datacache.index import walking
 from datacache.index.index import Index
 from datacache.model import Entry, Kind
 from datacache.reading.job import LoadRequest, LoadStatus
 from datacache.reading.reader import Reader
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 REMEMBERED = 100
 """Jobs that ended and can still be asked about."""
@@ -52,6 +61,9 @@ _NEAR = 1024
 
 _FAR = 2_000_000
 """Files that the lister may be ahead by, at 36 bytes each."""
+
+_PROBED = 1.0
+"""Seconds between two looks at whether the store answers again, while another request is the probe."""
 
 
 class Tiers(Tier, Protocol):
@@ -87,6 +99,8 @@ class Loads:
             raise SettingError(
                 "--concurrency", request.concurrency, "a number of objects, or 0 for the default"
             )
+        if request.outage_timeout < 0:
+            raise SettingError("--outage-timeout", request.outage_timeout, "seconds, or 0 for not at all")
         if request.bandwidth < 0:
             raise SettingError("--bandwidth", request.bandwidth, "bytes per second, or 0 for no limit")
         matcher(request.globs)
@@ -174,6 +188,9 @@ class _Job:
         self._was_full = False
         self._done = array("q")  # the numbers of `files_done`: eight bytes a file
         self._confirmed = False
+        self._away_since: float | None = None  # when the store was first found not to answer
+        self._away = ""  # what it failed with
+        self._known = False  # something has been listed
         self._evicted = self._evictions()
 
     def __repr__(self) -> str:
@@ -215,6 +232,7 @@ class _Job:
                 files_failed=self._files_failed,
                 seconds=self._clock.monotonic() - self._begun if running else self._seconds,
                 verified_bad=self._verified_bad,
+                waiting=self._away if running else "",
             )
 
     # Threads.
@@ -304,7 +322,7 @@ class _Job:
                 self._fail(f"(number {item})", error)
                 continue
             try:
-                self._load_current(entry)
+                self._patiently(lambda entry=entry: self._load_current(entry))  # type: ignore[misc]
             except DatacacheError as error:
                 self._check()  # a reader that is closing fails what is under way: that is a cancel
                 if isinstance(error, TierFull | TierBroken):
@@ -360,9 +378,9 @@ class _Job:
                 self._refuse_without_room()
             try:
                 fetched = self._reader.fetch(entry, tier=self._tier, pace=self._before, on_bytes=count)
-            except VersionChanged:
+            except (VersionChanged, Unavailable):
                 with self._changed:
-                    self._bytes_done -= counted  # of a version that nobody will ask for
+                    self._bytes_done -= counted  # of a version that nobody will ask for, or counted anew
                 raise
         with self._changed:
             self._files_done += 1
@@ -380,10 +398,62 @@ class _Job:
         with self._changed:
             self._bytes_fetched += length
             self._bytes_done += length
+            self._away_since, self._away = None, ""
 
     def _check(self) -> None:
         if self._stop.is_set():
             raise _Cancelled
+
+    # Outages.
+
+    def _patiently(self, act: Callable[[], T]) -> T:
+        """What `act` comes to, once the store answers. Raises what it fails with otherwise, BreakerOpen when
+        the outage lasts too long."""
+        again = waited = False
+        while True:
+            try:
+                result = act()
+            except BreakerOpen as error:
+                self._await_store(error)
+                again, waited = False, True
+            except Unavailable:
+                self._check()
+                # Whoever used up the bound opened the breaker, and is told so only when it asks again. If it
+                # is not open, the store is there, and does not give this one.
+                if again:
+                    raise
+                again = True
+            except SourceError:
+                self._store_answers()
+                raise
+            else:
+                if waited:
+                    self._store_answers()
+                return result
+
+    def _await_store(self, error: BreakerOpen) -> None:
+        """Wait until it is time to ask again. Raises `error` when that has been tried for long enough."""
+        self._check()
+        with self._changed:
+            now = self._clock.monotonic()
+            if self._away_since is None:
+                self._away_since = now
+            left = self._away_since + self._request.outage_timeout - now
+            self._away = " ".join(str(error).split()) if left > 0 else ""
+        if left <= 0:
+            raise error
+        if self._clock.wait(self._stop, min(left, max(error.retry_after or 0.0, _PROBED))):
+            raise _Cancelled
+
+    def _store_answers(self) -> None:
+        with self._changed:
+            self._away_since, self._away = None, ""
+
+    def _named(self, act: Callable[[], T]) -> T:
+        """What the index says: patiently, once it has said anything."""
+        result = self._patiently(act) if self._known else act()
+        self._known = True
+        return result
 
     def _refuse_without_room(self) -> None:
         """Once a tier was full: ask before fetching what may have no room either. A million requests for
@@ -416,7 +486,7 @@ class _Job:
         if request.files is not None:
             for path in request.files:
                 try:
-                    entry = self._index.resolve(path)
+                    entry = self._named(lambda path=path: self._index.resolve(path))  # type: ignore[misc]
                     if entry.kind is not Kind.FILE:
                         raise NoSuchPath(f"{path} is a directory; only files can be named one by one")
                 except DatacacheError as error:
@@ -428,12 +498,32 @@ class _Job:
         wanted = matcher(request.globs)
         base = request.path.strip("/")
         cut = len(base) + 1 if base else 0
-        for path, entry in self._index.walk(request.path):
+        for path, entry in walking.walk(_Patient(self._index, self._named), request.path):
             relative = path.lstrip("/")[cut:]
             if wanted(relative or entry.name.decode("utf-8", "surrogateescape")):
                 yield entry
             else:
                 self._check()
+
+
+class _Asker(Protocol):
+    def __call__(self, act: Callable[[], T]) -> T: ...
+
+
+class _Patient:
+    """An index that is asked through `ask`."""
+
+    def __init__(self, index: Index, ask: _Asker) -> None:
+        self._index, self._ask = index, ask
+
+    def entry(self, ino: int) -> Entry:
+        return self._index.entry(ino)  # asks no store
+
+    def lookup(self, parent: int, name: bytes) -> Entry:
+        return self._ask(lambda: self._index.lookup(parent, name))
+
+    def children(self, parent: int, *, after: int = 0, limit: int = 1000) -> Sequence[Entry]:
+        return self._ask(lambda: self._index.children(parent, after=after, limit=limit))
 
 
 class Pace:

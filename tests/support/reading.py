@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 
 from datacache.errors import NoSuchPath
-from datacache.index.index import IndexStats
+from datacache.index.index import ROOT, IndexStats
 from datacache.model import Entry, Kind, ObjectInfo, Version
 from datacache.sources.source import Source
 
@@ -70,7 +70,8 @@ class ListedIndex:
         return self.lookup(parent, name)
 
     def entry(self, ino: int, generation: int | None = None) -> Entry:
-        self.before_entry(ino)
+        if ino != ROOT:
+            self.before_entry(ino)
         if generation:
             raise NoSuchPath(f"no such version: {generation} of number {ino}")
         try:

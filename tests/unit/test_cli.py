@@ -152,6 +152,7 @@ WRONG = [
     (["load", "file:///data", "--bandwidth", "fast"], "--bandwidth: 'fast' will not do"),
     (["load", "file:///data", "--bandwidth", "0"], "--bandwidth: '0' will not do"),
     (["load", "file:///data", "--concurrency", "0"], "--concurrency: '0' will not do"),
+    (["load", "file:///data", "--outage-timeout", "soon"], "--outage-timeout: 'soon' will not do"),
     (["load", "file:///data", "--files-from", "/no/such/list"], "--files-from: '/no/such/list' will not do"),
     (["load", "file:///data", "--files-from", "/dev/null", "--path", "*"], "--path: '*' will not do"),
     (["load", "file:///data", "--files-from", "a", "--order", "b"], "not allowed with"),
@@ -420,6 +421,16 @@ def test_a_load_into_a_log_file_is_a_line_every_five_seconds(clock: VirtualClock
     assert out.getvalue().splitlines() == [progress.line(RUNNING)] * 2, "12.5 seconds passed"
 
 
+def test_a_load_that_waits_for_the_store_says_so(clock: VirtualClock) -> None:
+    """A bar that stands still is explained; a log has the reason, too."""
+    control, out = FakeControl(), io.StringIO()
+    waiting = dataclasses.replace(RUNNING, waiting="s3://b has not answered for 42 s")
+    assert progress.line(waiting).endswith("10.0 MiB/s, waiting for the store")
+    control.job = [*[waiting] * 30, DONE]
+    progress.follow(control, "load-1", out=out, clock=clock)
+    assert out.getvalue().endswith("waiting for the store (s3://b has not answered for 42 s)\n")
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -587,6 +598,7 @@ def test_load_of_a_mount(worker: FakeControl, say: Said, tmp_path: Path) -> None
     code, out, err = say(
         "load", str(tmp_path / "mnt/img"), "--path", "**/*.jpg", "--path", "*.png",
         "--tier", "mem", "--bandwidth", "10MiB", "--concurrency", "3", "--verify",
+        "--outage-timeout", "1.5m",
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert out == (
@@ -594,7 +606,7 @@ def test_load_of_a_mount(worker: FakeControl, say: Said, tmp_path: Path) -> None
         "0 damaged blocks fetched again\n"
     )
     assert worker.asked == [
-        ("load", LoadRequest("/img", ("**/*.jpg", "*.png"), None, False, "mem", 10 * MiB, 3, True))
+        ("load", LoadRequest("/img", ("**/*.jpg", "*.png"), None, False, "mem", 10 * MiB, 3, True, 90))
     ]
     assert say("load", str(tmp_path / "mnt/img"), "--resume")[0] == 2
 
@@ -656,7 +668,14 @@ def test_load_resumes_with_the_selection_typed_again(worker: FakeControl, say: S
 
 
 @pytest.mark.parametrize(
-    "flag", [["--tier", "mem"], ["--bandwidth", "1MiB"], ["--concurrency", "2"], ["--verify"]]
+    "flag",
+    [
+        ["--tier", "mem"],
+        ["--bandwidth", "1MiB"],
+        ["--concurrency", "2"],
+        ["--verify"],
+        ["--outage-timeout", "1h"],
+    ],
 )
 def test_an_order_is_not_loaded_and_takes_no_flags_of_loading(
     flag: list[str], worker: FakeControl, say: Said, tmp_path: Path

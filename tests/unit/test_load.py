@@ -1,10 +1,11 @@
 """Load jobs: what they select, skip, count, limit, survive and report."""
 
 import dataclasses
+import itertools
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,15 +15,18 @@ from datacache.cache.directory import DirectoryTier, Owner, Rules
 from datacache.cache.memory import MemoryTier
 from datacache.cache.tier import Tier, TierStats
 from datacache.cache.tiered import TieredCache
-from datacache.clock import VirtualClock
-from datacache.config.settings import Policy, ReadingSettings
-from datacache.errors import ControlError, Denied, SettingError, Unavailable
+from datacache.clock import Clock, SystemClock, VirtualClock
+from datacache.config.settings import Policy, ReadingSettings, SourceSettings
+from datacache.errors import BreakerOpen, ControlError, Denied, SettingError, Unavailable
 from datacache.model import ByteRange, Entry, KiB, MiB
 from datacache.reading import load
 from datacache.reading.job import LoadRequest, LoadStatus
 from datacache.reading.load import Loads, Pace, matcher
 from datacache.reading.reader import Reader
+from datacache.sources.faulty import Fail, FaultySource
 from datacache.sources.memory import MemorySource
+from datacache.sources.source import Source
+from datacache.sources.steady import SteadySource
 from tests.conftest import AnnouncedLogs
 from tests.support.reading import ListedIndex, until
 
@@ -49,7 +53,7 @@ class Site:
     cache: Cache | TieredCache
     reader: Reader
     loads: Loads
-    clock: VirtualClock
+    clock: Clock
 
     def run(self, **request: object) -> LoadStatus:
         """Run a job to its end."""
@@ -68,10 +72,17 @@ class Site:
 
 
 @contextmanager
-def site(objects: dict[str, bytes], cache: Cache | TieredCache | None = None) -> Iterator[Site]:
-    source, clock = MemorySource(objects=objects), VirtualClock()
+def site(
+    objects: dict[str, bytes],
+    cache: Cache | TieredCache | None = None,
+    *,
+    clock: Clock | None = None,
+    around: Callable[[Source, Clock], Source] = lambda source, clock: source,
+) -> Iterator[Site]:
+    """`around` makes the source that is read from out of the one that has the objects."""
+    source, clock = MemorySource(objects=objects), clock or VirtualClock()
     index, cache = ListedIndex(source), cache or Cache()
-    reader = Reader([source], cache, SETTINGS, clock=clock)
+    reader = Reader([around(source, clock)], cache, SETTINGS, clock=clock)
     loads = Loads(index, reader, cache, SETTINGS, clock=clock)
     try:
         yield Site(source, index, cache, reader, loads, clock)
@@ -183,7 +194,7 @@ def test_a_directory_that_cannot_be_listed_fails_the_job() -> None:
     """When the listing fails, the job is failed, with the reason."""
     with site(tree()) as at:
         status = at.run(path="/nowhere")
-    assert (status.state, status.failures) == ("failed", (("/nowhere", "no such path: nowhere"),))
+    assert (status.state, status.failures) == ("failed", (("/nowhere", "no such path: /nowhere"),))
 
 
 def test_archived_objects_are_failures_without_requests() -> None:
@@ -527,3 +538,102 @@ def test_a_thread_that_dies_ends_the_job(logs: AnnouncedLogs) -> None:
     assert ("", "a bug") in status.failures
     assert "load-1" in repr(at.loads._job("load-1"))
     assert "100 bytes/s" in repr(Pace(100, at.clock))
+
+
+class Away:
+    """A store that fails each read for `seconds`, from the `after`th on, behind what tries again."""
+
+    def __init__(self, seconds: float, *, after: int = 3) -> None:
+        self.seconds, self.after = seconds, after
+
+    def __call__(self, source: Source, clock: Clock) -> Source:
+        def script() -> Iterator[Fail | None]:
+            yield from itertools.repeat(None, self.after)
+            back = clock.monotonic() + self.seconds
+            while clock.monotonic() < back:
+                yield Fail(Unavailable("no connection"))
+
+        self.faulty = FaultySource(source, {"read": script()})
+        return SteadySource(self.faulty, SourceSettings(timeout=30.0, breaker_probe=5.0), clock)
+
+
+def test_a_load_waits_out_an_outage(logs: AnnouncedLogs) -> None:
+    """When the store comes back before `outage_timeout` is over, no file has failed for it."""
+    logs.expect("does not answer")
+    away = Away(600.0)
+    with site({f"{n:03}": bytes(100_000) for n in range(40)}, around=away) as at:
+        begun = at.clock.monotonic()
+        status = at.run()
+        assert at.clock.monotonic() - begun >= 600
+        assert at.whole == set(at.index.files)
+    assert (status.state, status.files_done, status.files_failed) == ("done", 40, 0)
+    assert (status.bytes_done, status.bytes_fetched, status.waiting) == (4_000_000, 4_000_000, "")
+
+
+def test_the_parts_of_a_file_that_came_before_an_outage_are_counted_once(logs: AnnouncedLogs) -> None:
+    """A large object that an outage cuts in two is done when its bytes are there, and not more than that."""
+    logs.expect("does not answer")
+    with site({"big": bytes(40 * MiB)}, around=Away(60.0, after=2)) as at:
+        status = at.run()
+    assert (status.state, status.bytes_done, status.bytes_fetched) == ("done", 40 * MiB, 40 * MiB)
+
+
+@pytest.mark.parametrize("patience", [0, 100])
+def test_an_outage_that_outlasts_its_timeout_fails_what_is_left(patience: int, logs: AnnouncedLogs) -> None:
+    """The wait is bounded; after it the files that are left fail at once, with the reason."""
+    logs.expect("does not answer")
+    with site({f"{n:03}": bytes(100) for n in range(40)}, around=Away(1e9)) as at:
+        begun = at.clock.monotonic()
+        status = at.run(outage_timeout=patience)
+        assert at.clock.monotonic() - begun < 4 * (30 + patience) + 200
+    assert (status.state, status.files_done, status.files_failed) == ("failed", 3, 37)
+    assert "no connection" in status.failures[-1][1]
+    assert status.waiting == ""
+
+
+def test_a_load_that_waits_says_so_and_can_be_cancelled() -> None:
+    """While the store is away the status says what it fails with, and a cancel ends the job at once."""
+
+    def away(key: str, span: ByteRange) -> None:
+        raise BreakerOpen("memory: has not answered\n for 60 s", retry_after=3600.0)
+
+    with site({"a": b"1", "b": b"2"}, clock=SystemClock()) as at:
+        at.source.on_read = away
+        job = at.loads.start(LoadRequest())
+        until(lambda: at.loads.status(job).waiting)
+        status = at.loads.status(job)
+        assert (status.state, status.waiting) == ("running", "memory: has not answered for 60 s")
+        at.loads.cancel(job)
+        status = at.loads.wait(job, 10.0)
+    assert (status.state, status.waiting, status.files_failed) == ("cancelled", "", 0)
+
+
+def test_an_object_that_alone_cannot_be_had_is_tried_twice() -> None:
+    """Where the store is there for the others, one file's trouble is no outage."""
+    with site({"a": b"1", "b": b"2"}) as at:
+
+        def busy(key: str, span: ByteRange) -> None:
+            if key == "a":
+                raise Unavailable("slow down")
+
+        at.source.on_read = busy
+        status = at.run()
+        assert at.source.requests["read"] == 3
+    assert (status.files_done, status.failures) == (1, (("/a", "slow down"),))
+
+
+@pytest.mark.parametrize(("listed", "state"), [(1, "done"), (0, "failed")])
+def test_a_listing_waits_for_the_store_once_it_has_answered(listed: int, state: str) -> None:
+    """An outage in the middle of a listing is waited for; at its very beginning the store may be the wrong
+    one."""
+    with site(tree()) as at:
+        children, calls = at.index.children, itertools.count()
+
+        def now_and_then(parent: int, *, after: int = 0, limit: int = 1000) -> Sequence[Entry]:
+            if listed <= next(calls) < listed + 3:
+                raise BreakerOpen("away", retry_after=5.0)
+            return children(parent, after=after, limit=limit)
+
+        at.index.children = now_and_then  # type: ignore[method-assign,assignment]
+        status = at.run()
+    assert status.state == state
