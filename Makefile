@@ -91,10 +91,18 @@ lint: setup ## style, types, and the direction of dependencies
 	@$(BIN)/lint-imports --quiet 2>/dev/null || $(BIN)/lint-imports
 
 .PHONY: bench
-bench: setup s3-server ## the read benchmark beside native files, the store client, rclone and s3fs (about 15 minutes)
+bench: bench-read bench-fuse ## both benchmarks (about 40 minutes)
+
+.PHONY: bench-read
+bench-read: setup s3-server ## the read path beside native files, the store client, rclone and s3fs (about 15 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@command -v s3fs >/dev/null || $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq s3fs >/dev/null
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/read.py $(ARGS)
+
+.PHONY: bench-fuse
+bench-fuse: setup ## the native driver beside native files, pyfuse3 and rclone, and the bars that it has to meet
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/fuse.py $(ARGS)
 
 .PHONY: clean
 clean: ## remove what the above made in this checkout

@@ -1,8 +1,8 @@
 """
 The read path beside native files, the bare store client, rclone's mount and s3fs, in one run.
 
-    make bench                 all of it, medians of 3
-    make bench ARGS=--quick    once each, on less data: to see whether it works, not how fast
+    make bench-read                 all of it, medians of 3
+    make bench-read ARGS=--quick    once each, on less data: to see whether it works, not how fast
 
 One real S3 server on loopback holds a bucket of large objects (256 MiB) and small ones (100 KiB).
 Server, mount and readers share the machine's cores, so absolute figures say little; the ratios in

@@ -1,12 +1,13 @@
 """
 What a training job does to files, as a program of its own: read them, map them, stat them, list them.
 
-Started by `read.py` for each measurement, so that every system is asked by the same fresh process.
+Started by the benchmarks for each measurement, so that every system is asked by the same fresh process.
 Prints one JSON object: seconds, bytes, operations.
 
     reader.py WORK READERS LIST [COUNT]
 
-WORK is one of: read (each file whole, 1 MiB reads), random (COUNT reads of 4 KiB of each file),
+WORK is one of: read (each file whole, 1 MiB reads), stream (that, COUNT times, from outside of the page
+cache), random (COUNT reads of 4 KiB of each file),
 random64 (COUNT reads of 64 KiB), mmap (COUNT touches of pages), stat (each file), list (`ls -l` of
 each directory). LIST is a file of paths. READERS processes share it.
 """
@@ -29,6 +30,21 @@ def read(paths: list[str], count: int) -> tuple[int, int]:
             total += got
         os.close(fd)
     return total, len(paths)
+
+
+def stream(paths: list[str], count: int) -> tuple[int, int]:
+    """Each file `count` times, with the page cache told to forget it each time: all of it is asked for."""
+    buffer = bytearray(1 << 20)
+    total = 0
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        for _ in range(count):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.lseek(fd, 0, os.SEEK_SET)
+            while got := os.readv(fd, [buffer]):
+                total += got
+        os.close(fd)
+    return total, len(paths) * count
 
 
 def random_reads(paths: list[str], count: int, size: int) -> tuple[int, int]:
@@ -75,6 +91,7 @@ def listing(paths: list[str], count: int) -> tuple[int, int]:
 
 WORK = {
     "read": read,
+    "stream": stream,
     "random": lambda paths, count: random_reads(paths, count, 4096),
     "random64": lambda paths, count: random_reads(paths, count, 65536),
     "mmap": touches,

@@ -15,6 +15,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import psutil
 
 KEY, SECRET, REGION = "benchmark-access", "benchmark-secret", "us-east-1"
 AWS = {
@@ -31,7 +34,7 @@ def _tool(name: str) -> str:
             return f"{place}/{name}"
     found = shutil.which(name)
     if not found:
-        sys.exit(f"{name} is not here: run `make bench`, which brings it")
+        sys.exit(f"{name} is not here: run `make bench-read`, which brings it")
     return found
 
 
@@ -73,8 +76,30 @@ class Server:
         self._process.wait(10)
 
 
+class Cpu(NamedTuple):
+    """Processor seconds."""
+
+    user: float = 0.0
+    system: float = 0.0
+
+    def since(self, before: "Cpu") -> "Cpu":
+        return Cpu(self.user - before.user, self.system - before.system)
+
+
+def processor_time(pids: Sequence[int]) -> Cpu:
+    """What processes have had so far, as /proc/PID/stat has it: to the tick, which is 10 ms."""
+    tick = os.sysconf("SC_CLK_TCK")
+    user = system = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            user, system = user + int(fields[11]), system + int(fields[12])
+    return Cpu(user / tick, system / tick)
+
+
 class System:
-    """One mounted system."""
+    """One mounted system. Without an `endpoint`, `bucket` is a local directory, which stands in for a store
+    where no store is asked."""
 
     name = ""
 
@@ -110,6 +135,10 @@ class System:
         self.stop()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
+    def cpu(self) -> Cpu:
+        """Processor time that its processes have had."""
+        return processor_time(self.pids())
+
     def memory(self) -> int:
         """Peak resident bytes of its processes."""
         total = 0
@@ -144,10 +173,17 @@ class Datacache(System):
         state = str(self.scratch / "state")
         return {**os.environ, **AWS, "XDG_STATE_HOME": state, "XDG_RUNTIME_DIR": str(self.scratch / "run")}
 
+    @property
+    def where(self) -> list[str]:
+        """The data set, as arguments."""
+        if not self.endpoint:
+            return [f"file://{self.bucket}"]
+        return [f"s3://{self.bucket}", "--endpoint", self.endpoint]
+
     def start(self) -> None:
         (self.scratch / "run").mkdir(exist_ok=True)
         subprocess.run(
-            ["datacache", "mount", f"s3://{self.bucket}", str(self.mount), "--endpoint", self.endpoint]
+            ["datacache", "mount", *self.where, str(self.mount)]
             + ["--cache", f"ssd:{self.cache}=20GiB", "--name", "bench", *self.options],
             env=self.environment(),
             check=True,
@@ -164,8 +200,15 @@ class Datacache(System):
 
     def pids(self) -> list[int]:
         with contextlib.suppress(subprocess.CalledProcessError):
-            return [int(str(self.status()["pid"]))]
+            found = psutil.Process(int(str(self.status()["pid"])))
+            return [found.pid, *(child.pid for child in found.children())]
         return []
+
+    def requests(self) -> int:
+        """FUSE requests answered so far, but FORGET, which the kernel sends when it wants to."""
+        counts = self.status()["mount_requests"]
+        assert isinstance(counts, dict)
+        return sum(count for kind, count in counts.items() if "forget" not in kind)
 
     def stop(self) -> None:
         self.command("umount", str(self.mount))
@@ -189,7 +232,8 @@ class Rclone(System):
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            ["rclone", "mount", f"b:{self.bucket}", str(self.mount), "--vfs-cache-mode", "full"]
+            ["rclone", "mount", f"b:{self.bucket}" if self.endpoint else self.bucket, str(self.mount)]
+            + ["--vfs-cache-mode", "full"]
             + ["--cache-dir", str(self.cache), "--read-only", "--dir-cache-time", "1h"]
             + ["--config", os.devnull],
             env=self.environment(),
