@@ -354,6 +354,8 @@ class FileSystem:
     def readdir(self, handle: int, offset: int, node: int = 0) -> Iterator[Listed]:
         """Entries after `offset`, at least one unless the directory ends there."""
         directory = self._directory(handle, node)
+        if nodes.path(offset) != offset:
+            return iter(())  # lseek went beyond what could be the `ino` of anything
         entries = self._index.children(directory.ino, after=offset, limit=PAGE)
         fresh = self._index.fresh_for(directory.ino)
         directory.page = _Page(offset, entries, self._clock.monotonic() + fresh)
