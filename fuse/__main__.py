@@ -23,15 +23,17 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from datacache.cluster import registry
-from datacache.config.parsing import load_settings
+from datacache.config.parsing import dump_settings, load_settings
 from datacache.config.settings import IO, Settings
 from datacache.errors import DatacacheError, MountError, NoSuchSnapshot, SettingError
 from datacache.model import MiB
@@ -88,7 +90,9 @@ class _Answer:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m fuse", description=__doc__)
-    parser.add_argument("--ready-fd", type=int, required=True, help="where the one line goes")
+    parser.add_argument("--ready-fd", type=int, default=-1, help="where the one line goes")
+    parser.add_argument("--answer-fd", type=int, default=-1, help="answer beside the owner at this socket")
+    parser.add_argument("--counts-fd", type=int, default=-1, help="where an answerer counts")
     parser.add_argument("--handover", type=Handover.load, help="serve the mount that a broker hands over")
     args = parser.parse_args(arguments)
     answer = _Answer(args.ready_fd)
@@ -96,7 +100,9 @@ def main(arguments: Sequence[str]) -> int:
         with _signals():
             settings = load_settings(_all_of(sys.stdin.fileno()))
             set_up_logging(level=settings.log_level, style=settings.log_format, file=settings.log_file)
-            if args.handover is not None:
+            if args.answer_fd >= 0:
+                answer_beside(settings, args.handover, args.answer_fd, args.counts_fd)
+            elif args.handover is not None:
                 serve_handed_over(settings, args.handover, serving=answer.mounted)
             elif is_native(settings.mount.driver):
                 keep_served(settings, mounted=answer.mounted)
@@ -146,6 +152,9 @@ def chosen_io(settings: Settings) -> IO:
 def keep_served(settings: Settings, *, mounted: Callable[[], None]) -> None:
     """Be the broker of a mount, until it is gone."""
     io, dataset = chosen_io(settings), settings.dataset
+    if settings.mount.processes != 1 and (io is not IO.PAGECACHE or not settings.index.snapshot):
+        expected = "1, or a snapshot with --io pagecache: only then can several answer"
+        raise SettingError("processes", settings.mount.processes, expected)
     control = registry.socket_path(
         settings.runtime, dataset=dataset.name, mount=settings.mount.directory, pid=os.getpid()
     )
@@ -162,6 +171,7 @@ def keep_served(settings: Settings, *, mounted: Callable[[], None]) -> None:
 
 def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable[..., None]) -> None:
     """Be a daemon of a mount that a broker keeps, until the mount is gone or it is told to end."""
+    from fuse.answerer import Answerers, processors
     from fuse.connection import Backings, Device
     from fuse.session import Session
 
@@ -169,7 +179,10 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
         knob.write(handed.oom_score_adj)
     agreement, device = handed.agreement, Device(handed.descriptor)
     backings = Backings(device) if agreement.passthrough else None
-    with _built(settings, backings=backings, life=handed.life, pid=handed.broker) as (worker, files):
+    with (
+        _built(settings, backings=backings, life=handed.life, pid=handed.broker) as (worker, files),
+        contextlib.ExitStack() as beside,
+    ):
         identity = worker.index.identity
         if handed.index and identity != handed.index:
             raise MountError(
@@ -181,12 +194,22 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
             max_threads=settings.mount.max_threads, max_idle_threads=settings.mount.max_idle_threads,
         )  # fmt: skip
         worker.on_replaced(session.superseded)
-        worker.attach("mount_requests", session.requests)
+        requests = session.requests
         if handed.life and agreement.passthrough:
             _close_old_backings(device)
         for number in _ENDING:
             signal.signal(number, lambda *_: session.end())
         session.start(resend=handed.life > 0)
+        count = settings.mount.processes or processors()
+        if count > 1:
+            answerers = Answerers(count - 1, dump_settings(worker.settings), handed, session)
+            beside.callback(answerers.close)
+            worker.attach("answerers", lambda: {"pids": answerers.pids()})
+
+            def requests() -> dict[str, int]:
+                return dict(Counter(session.requests()) + Counter(answerers.requests()))
+
+        worker.attach("mount_requests", requests)
         registration = worker.registration()
         registry.register(settings.runtime, registration)
         _outlive(handed.broker, settings.runtime, registration)
@@ -197,6 +220,14 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
         if not session.ending:
             registry.unregister(settings.runtime, registration)
             log.info("%s: unmounted", settings.mount.directory)
+
+
+def answer_beside(settings: Settings, handed: Handover, owner: int, counts: int) -> None:
+    """Be a process that answers beside the one that owns the data set, until that one ends."""
+    from fuse.answerer import answer
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the broker's; our end is the owner's
+    answer(settings, handed, socket.socket(fileno=owner), counts)
 
 
 def _outlive(pid: int, runtime: str, registration: "Registration") -> None:

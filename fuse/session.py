@@ -17,8 +17,7 @@ import logging
 import os
 import queue
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from typing import Any
 
 from datacache.model import Entry
@@ -36,6 +35,9 @@ _BLOCK = 4096
 """`st_blksize`. Not the size of our blocks: Python's open() reads in pieces of this, so a large one would
 turn each small random read into a large one."""
 
+KINDS = 64
+"""Opcodes that are counted; there are fewer."""
+
 Answer = Sequence[Buffer] | None
 Handler = Callable[[Header, Any], Answer]
 
@@ -51,14 +53,19 @@ class Session:
         *,
         max_threads: int,
         max_idle_threads: int,
+        elsewhere: Callable[[memoryview], object] | None = None,
+        counts: "MutableSequence[int] | memoryview[int] | None" = None,
     ) -> None:
+        """`elsewhere` takes a request that cannot be answered here, and sees to it that it is. `counts`:
+        where requests are counted by opcode; at least KINDS numbers."""
         self.files = files
         self._descriptor, self._agreement = descriptor, agreement
         self._most, self._most_idle = max_threads, max_idle_threads
+        self._elsewhere = elsewhere
         self._decoders = protocol.decoders(agreement.capabilities)
         # Under the lock: what is counted, threads that there are, and those of them that read.
         self._lock = threading.Lock()
-        self._requests: Counter[int] = Counter()
+        self._requests = counts if counts is not None else [0] * KINDS
         self._threads = self._idle = 0
         self._crowded = False  # said already that threads cannot be had
         self._ended = threading.Event()
@@ -97,10 +104,18 @@ class Session:
         """Begin to answer. `resend`: first have the kernel send again what an earlier daemon read and did
         not answer."""
         if resend:
-            os.write(self._descriptor, protocol.notify_resend())
+            self.resend()
         threading.Thread(target=self._notify, name="fuse-notify", daemon=True).start()
         with self._lock:
             self._spawn()
+
+    def resend(self) -> None:
+        """Have the kernel send again what was read and not answered, by whomever."""
+        os.write(self._descriptor, protocol.notify_resend())
+
+    def answer(self, request: memoryview) -> None:
+        """Answer a request that somebody else has read, and counted."""
+        self._write(request, self._answer(request))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Return when the mount is gone, or `end` was called; False when neither within `timeout` seconds."""
@@ -124,7 +139,8 @@ class Session:
     def requests(self) -> dict[str, int]:
         """Requests answered so far, by kind."""
         with self._lock:
-            return {protocol.opcode_name(code).lower(): count for code, count in self._requests.items()}
+            counts = dict(enumerate(self._requests))
+        return {protocol.opcode_name(code).lower(): count for code, count in counts.items() if count}
 
     def threads(self) -> int:
         """Threads that there are now."""
@@ -160,7 +176,7 @@ class Session:
     def _run(self) -> None:
         buffer = bytearray(REQUEST)
         view, room = memoryview(buffer), [buffer]
-        descriptor, readv, writev, lock = self._descriptor, os.readv, os.writev, self._lock
+        descriptor, readv, lock = self._descriptor, os.readv, self._lock
         while True:
             try:
                 length = readv(descriptor, room)
@@ -178,24 +194,29 @@ class Session:
                 return  # unanswered: it is sent again to whoever comes next
             opcode = protocol.opcode_of(buffer)
             with lock:
-                self._requests[opcode] += 1
+                self._requests[opcode if opcode < KINDS else 0] += 1
                 self._idle -= 1
                 if not self._idle and self._threads < self._most:
                     self._spawn()
-            answer = self._answer(view[:length])
-            if answer is not None:
-                try:
-                    writev(descriptor, answer)
-                except OSError as error:
-                    # ENOENT: whoever asked was killed, or it was sent again and answered by another.
-                    if error.errno not in _GONE and error.errno != errno.ENOENT:
-                        log.error("answering %s failed: %s", protocol.opcode_name(opcode), error)
-                        self._owe(answer)
+            request = view[:length]
+            self._write(request, self._answer(request))
             with lock:
                 if self._idle >= self._most_idle:
                     self._threads -= 1
                     return
                 self._idle += 1
+
+    def _write(self, request: memoryview, answer: Answer) -> None:
+        if answer is None:
+            return
+        try:
+            os.writev(self._descriptor, answer)
+        except OSError as error:
+            # ENOENT: whoever asked was killed, or it was sent again and answered by another.
+            if error.errno not in _GONE and error.errno != errno.ENOENT:
+                kind = protocol.opcode_name(protocol.opcode_of(request))
+                log.error("answering %s failed: %s", kind, error)
+                self._owe(answer)
 
     def _answer(self, request: memoryview) -> Answer:
         """What to write for a request. Never raises."""
@@ -212,6 +233,9 @@ class Session:
         except Exception as error:  # noqa: BLE001  whoever asked must be answered; it is logged below
             if self._ending:
                 return None  # what it stood on is being taken down
+            if self._elsewhere is not None:
+                self._elsewhere(request)
+                return None
             number = self.files.failed(protocol.opcode_name(header.opcode).lower(), error)
             return protocol.error(header.unique, number)
 

@@ -88,6 +88,8 @@ MOUNT = (
     Flag("max-threads", "N", "native driver: requests handled at once at most; default 64"),
     Flag("max-idle-threads", "N", "native driver: threads that wait for requests at most; about as many as "
          "there are readers; default 16"),
+    Flag("processes", "N", "native driver: processes that answer, for snapshots with --io pagecache; 0: as "
+         "many as processors; default 1"),
     Flag("max-tasks", "N", "pyfuse3 driver: requests handled at once at most; default 64"),
     Flag("min-tasks", "N", "pyfuse3 driver: idle request tasks that are kept; default 8"),
     Flag("metadata-entries", "N", "names held in memory in front of the index, 0.5 KiB each; default 200000"),

@@ -249,6 +249,7 @@ KEYS: Mapping[str, Key] = {
         Key("read-ahead", "mount.read_ahead", _size(0, 1 * GiB)),
         Key("max-threads", "mount.max_threads", _integer(1, 4096)),
         Key("max-idle-threads", "mount.max_idle_threads", _integer(1, 4096)),
+        Key("processes", "mount.processes", _integer(0, 256)),
         Key("max-tasks", "mount.max_tasks", _integer(1, 4096)),
         Key("min-tasks", "mount.min_tasks", _integer(1, 4096)),
         Key("metadata-entries", "mount.metadata_entries", _integer(1, 100_000_000)),

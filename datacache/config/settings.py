@@ -173,6 +173,9 @@ class MountSettings:
     """Requests handled at once at most by the native driver; each thread is about 100 KiB."""
     max_idle_threads: int = 16
     """Threads of the native driver that wait for requests at most; about as many as there are readers."""
+    processes: int = 1
+    """Processes of the native driver that answer, for snapshots with `--io pagecache`; 0: as many as there
+    are processors. Each takes about 50 MiB."""
     max_tasks: int = 64
     """Requests handled at once at most by the portable driver."""
     min_tasks: int = 8
