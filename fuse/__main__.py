@@ -53,9 +53,6 @@ SMALL = 1 * MiB
 """Bytes of a file, on average, up to which `--io auto` takes the page cache for a snapshot: below, opens and
 closes cost more than reads."""
 
-NATIVE_FROM = (6, 9)
-"""The first Linux that speaks ABI 7.40."""
-
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -104,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
                 answer_beside(settings, args.handover, args.answer_fd, args.counts_fd)
             elif args.handover is not None:
                 serve_handed_over(settings, args.handover, serving=answer.mounted)
-            elif is_native(settings.mount.driver):
+            elif mountpoint.is_native(settings.mount.driver):
                 keep_served(settings, mounted=answer.mounted)
             else:
                 serve_portably(settings, mounted=answer.mounted)
@@ -119,15 +116,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 # ---- which driver, which way ---------------------------------------------------------------------
-
-
-def is_native(driver: str) -> bool:
-    """Whether `driver` means the native one on this kernel. Whether it is asked for and cannot be, is
-    found at INIT."""
-    if driver == "auto":
-        numbers = os.uname().release.split(".")
-        return (int(numbers[0]), int(numbers[1].split("-")[0])) >= NATIVE_FROM
-    return driver == "native"
 
 
 def chosen_io(settings: Settings) -> IO:

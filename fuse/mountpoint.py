@@ -284,6 +284,19 @@ def refused_by(status: str, *, fusermount: str | None) -> str:
     return ""
 
 
+NATIVE_FROM = (6, 9)
+"""The first Linux that speaks ABI 7.40."""
+
+
+def is_native(driver: str, release: str = "") -> bool:
+    """Whether `driver` means the native one on the kernel of this `release` (this machine's, where none is
+    given). Whether one that is asked for by name can be, is found at INIT."""
+    if driver != "auto":
+        return driver == "native"
+    numbers = re.findall(r"[0-9]+", release or os.uname().release)
+    return tuple(map(int, numbers[:2])) >= NATIVE_FROM
+
+
 def check_target(directory: str, caches: Sequence[str]) -> None:
     """Raise unless a data set can be mounted on `directory`, with cache and state directories `caches`.
 

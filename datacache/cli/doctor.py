@@ -100,7 +100,8 @@ def _all(settings: "Settings | None", *, allow_other: bool) -> Iterator[Finding]
     yield device(mountpoint.obstacle())
     yield fusermount(shutil.which("fusermount3"), root=root)
     yield fuse_conf("/etc/fuse.conf", root=root, wanted=allow_other)
-    yield python_driver()
+    yield native_driver(os.uname().release, root=root)
+    yield portable_driver(native=mountpoint.is_native("auto"))
     if settings is None:
         return
     for tier in settings.cache.tiers:
@@ -160,16 +161,33 @@ def fuse_conf(path: str, *, root: bool, wanted: bool) -> Finding:
     return Finding("allow_other", "fail" if wanted else "ok", "--allow-other would be refused", advice)
 
 
-def python_driver() -> Finding:
-    """Whether the driver's library loads."""
+def native_driver(release: str, *, root: bool) -> Finding:
+    """What of the native driver this kernel and user can have."""
+    from fuse import mountpoint
+
+    if not mountpoint.is_native("auto", release):
+        return Finding(
+            "native", "warn", f"Linux {release} is too old for the native driver: pyfuse3 is taken",
+            "Linux 6.9 or newer has passthrough, and mounts that outlive their daemon",
+        )  # fmt: skip
+    if not root:
+        return Finding(
+            "native", "warn", "the native driver, without passthrough: that needs root",
+            "mount as root, or --io pagecache for small files",
+        )  # fmt: skip
+    return Finding("native", "ok", "the native driver, with passthrough for caches on plain file systems")
+
+
+def portable_driver(*, native: bool) -> Finding:
+    """Whether the portable driver's library loads; where there is the native one it need not."""
     from importlib.util import find_spec
 
     if find_spec("pyfuse3") is None:
         return Finding(
-            "driver", "fail", "pyfuse3 is not installed",
+            "pyfuse3", "warn" if native else "fail", "pyfuse3 is not installed",
             "apt-get install libfuse3-dev pkg-config gcc, then pip install pyfuse3",
         )  # fmt: skip
-    return Finding("driver", "ok", "pyfuse3 is installed")
+    return Finding("pyfuse3", "ok", "pyfuse3 is installed")
 
 
 # ---- the tiers --------------------------------------------------------------------------------------
@@ -242,6 +260,11 @@ def _file_system(name: str, tier: "TierSettings", kind: str) -> Finding:
         return Finding(
             name, "warn", f"{tier.path} is on {kind}: it is memory", "mem: for memory, or a path on a disk"
         )
+    if kind == "overlay":
+        return Finding(
+            name, "warn", f"{tier.path} is on overlay: the kernel will not read files there by itself",
+            "a volume of its own (ext4, xfs, tmpfs) for passthrough",
+        )  # fmt: skip
     if kind.startswith(("nfs", "cifs", "smb", "fuse")):
         return Finding(
             name,

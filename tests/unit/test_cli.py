@@ -793,6 +793,23 @@ def test_doctor_says_what_stands_in_the_way_of_fuse() -> None:
     assert doctor.device("").state == "ok"
 
 
+@pytest.mark.parametrize(
+    ("release", "root", "state", "says"),
+    [
+        ("6.18.1-amd64", True, "ok", "passthrough"),
+        ("6.9.0", False, "warn", "root"),
+        ("6.8.12", True, "warn", "pyfuse3"),
+        ("5.15.0-1-generic", True, "warn", "pyfuse3"),
+    ],
+)
+def test_doctor_says_which_driver_there_is(release: str, root: bool, state: str, says: str) -> None:
+    """Native from 6.9 on, its passthrough for root; older kernels have pyfuse3, which then must be there."""
+    found = doctor.native_driver(release, root=root)
+    assert found.state == state
+    assert says in found.text + found.advice
+    assert doctor.portable_driver(native=state == "ok").state == "ok"
+
+
 def test_doctor_on_fusermount(tmp_path: Path) -> None:
     """Only who is not root needs it, and then setuid root."""
     program = tmp_path / "fusermount3"

@@ -29,7 +29,6 @@ from datacache.config.settings import (
 )
 from datacache.model import Dataset, Medium, MiB, MountPoint
 from fuse import mountpoint
-from fuse.__main__ import is_native
 
 START = 30.0
 """Seconds for a daemon to say that it has mounted, on a machine that is busy with other things."""
@@ -160,7 +159,7 @@ def bucket(tmp_path: Path) -> Path:
 def driver(request: pytest.FixtureRequest) -> str:
     """Each test of `daemon` runs on both drivers."""
     chosen = str(request.param)
-    if chosen == "native" and not is_native("auto"):
+    if chosen == "native" and not mountpoint.is_native("auto"):
         pytest.skip("this kernel is older than Linux 6.9, where the native driver begins")
     return chosen
 
