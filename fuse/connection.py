@@ -29,8 +29,10 @@ BATCH_FORGET, of which a larger one saves wake-ups (4,000 nodes in one)."""
 REQUEST = MAX_WRITE + 4096
 """Bytes of room for one request."""
 
-MAX_PAGES = 256
-"""Pages of the largest READ. The kernel cuts it to fs.fuse.max_pages_limit, which is this by default."""
+PAGES = 256
+"""Pages of the largest READ by the kernel's own limit, fs.fuse.max_pages_limit; root may set another."""
+MAX_PAGES = 4096
+"""... and as many as we take of a higher one: 16 MiB, which is what a thread then holds for one answer."""
 
 MAX_BACKGROUND = 64
 """Readahead requests under way at once; the kernel's own 12 starve many readers. As other FUSE daemons do."""
@@ -67,8 +69,10 @@ class Agreement:
     """Listings stay in the page cache."""
 
 
-def agree(offer: InitIn, *, stateless: bool, passthrough: bool, release: str) -> tuple[Agreement, InitOut]:
-    """What to take of what the kernel offers. `release` is the kernel's, as uname(2) says.
+def agree(
+    offer: InitIn, *, stateless: bool, passthrough: bool, release: str, pages: int = PAGES
+) -> tuple[Agreement, InitOut]:
+    """What to take of what the kernel offers. `release` is the kernel's, as uname(2) says; `pages` its limit.
 
     Raises MountError where it speaks too old a protocol; it has no passthrough where `stateless` is on,
     since that needs the answer to OPEN.
@@ -99,7 +103,7 @@ def agree(offer: InitIn, *, stateless: bool, passthrough: bool, release: str) ->
         max_write=MAX_WRITE,
         max_background=MAX_BACKGROUND,
         congestion_threshold=MAX_BACKGROUND * 3 // 4,
-        max_pages=MAX_PAGES,
+        max_pages=min(pages, MAX_PAGES),
         # 1: cached files lie on plain file systems. More would forbid others to stack on this mount.
         max_stack_depth=1 if passes else 0,
     )
@@ -129,13 +133,25 @@ def greet(descriptor: int, *, stateless: bool, passthrough: bool) -> Agreement:
             continue
         try:
             agreement, answer = agree(
-                body, stateless=stateless, passthrough=passthrough, release=os.uname().release
+                body,
+                stateless=stateless,
+                passthrough=passthrough,
+                release=os.uname().release,
+                pages=_most_pages(),
             )
         except MountError:
             os.writev(descriptor, protocol.error(header.unique, errno.EPROTO))
             raise
         os.writev(descriptor, protocol.reply(header.unique, protocol.encode_init_out(answer)))
         return agreement
+
+
+def _most_pages() -> int:
+    try:
+        with open("/proc/sys/fs/fuse/max_pages_limit", encoding="ascii") as knob:
+            return int(knob.read())
+    except (OSError, ValueError):
+        return PAGES  # Linux before 6.13 has no such knob
 
 
 _OURS = InitOut(minor=protocol.MINOR, max_readahead=0, capabilities=0, max_write=MAX_WRITE)

@@ -82,6 +82,15 @@ def test_stateless_and_passthrough_exclude_each_other() -> None:
     assert not answer.capabilities & Capability.PASSTHROUGH
 
 
+def test_requests_are_as_large_as_the_kernel_lets_them_be() -> None:
+    """Up to 16 MiB, of which a thread holds one."""
+
+    def pages(limit: int) -> int:
+        return agree(offer(), stateless=False, passthrough=True, release=NEW, pages=limit)[1].max_pages
+
+    assert [pages(limit) for limit in (32, 256, 1024, 65535)] == [32, 256, 1024, 4096]
+
+
 @pytest.mark.parametrize(
     ("release", "cached"),
     [
