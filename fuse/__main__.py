@@ -36,7 +36,7 @@ from datacache.cluster import registry
 from datacache.config.parsing import dump_settings, load_settings
 from datacache.config.settings import IO, Settings
 from datacache.errors import DatacacheError, MountError, NoSuchSnapshot, SettingError
-from datacache.model import MiB
+from datacache.model import Medium, MiB
 from datacache.telemetry import set_up_logging
 from fuse import broker, mountpoint
 from fuse.broker import Handover
@@ -120,9 +120,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def chosen_io(settings: Settings) -> IO:
     """What `--io auto` means for a data set. Raises NoSuchSnapshot."""
+    in_memory = any(tier.medium is Medium.MEM for tier in settings.cache.tiers)
+    if settings.mount.io is IO.PAGECACHE and in_memory:
+        log.warning("--io pagecache over a mem: tier: what is read stands in memory twice")
     if settings.mount.io is not IO.AUTO:
         return settings.mount.io
-    if not settings.index.snapshot:
+    if not settings.index.snapshot or in_memory:
         return IO.PASSTHROUGH
     from datacache.index.snapshot import list_snapshots
 

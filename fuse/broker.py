@@ -114,6 +114,8 @@ def serve(
 
         built.callback(take_off)
         agreement = connection.greet(descriptor, stateless=stateless, passthrough=passthrough)
+        if passthrough and not agreement.passthrough:
+            log.warning("this kernel offers no passthrough (CONFIG_FUSE_PASSTHROUGH): reads are served")
         # After INIT: answering it resets the read-ahead.
         mountpoint.set_read_ahead(directory, settings.mount.read_ahead)
         first = Handover(descriptor, agreement, 0, os.getpid(), before)
