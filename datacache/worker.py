@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from datacache.cache.directory import Owner
@@ -55,12 +54,13 @@ class Worker:
     """A data set at work. `mount` is where it is, or will be, mounted; empty for none.
 
     `pid` is the process that others know it by, where that is not this one; `resumed` says that the mount
-    was served by another before, so that names which the kernel was told then mean something.
+    was served by another before, so that names which the kernel was told then mean something: by the index
+    whose identity is `index`, and no other.
     """
 
     def __init__(
         self, settings: Settings, *, clock: Clock | None = None, mount: str = "", pid: int | None = None,
-        resumed: bool = False,
+        resumed: bool = False, index: str = "",
     ) -> None:  # fmt: skip
         self.clock = clock or SystemClock()
         self.mount = mount
@@ -90,7 +90,7 @@ class Worker:
             self.index: Index = open_index(
                 dataset, self.sources, settings.index, state=settings.state, clock=self.clock,
                 manifest=manifest, cache_entries=settings.mount.metadata_entries,
-                on_replaced=self._superseded, resumed=resumed,
+                on_replaced=self._superseded, resumed=resumed, identity=index,
             )  # fmt: skip
             building.callback(self.index.close)
             self.reader = Reader(
@@ -394,6 +394,9 @@ def _text(name: bytes) -> str:
 
 
 def _version() -> str:
+    # Here, as it takes 30 ms to import: a mount that changes its daemon is waited for.
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("dataset-cache")
     except PackageNotFoundError:

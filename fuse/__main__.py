@@ -90,6 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ready-fd", type=int, default=-1, help="where the one line goes")
     parser.add_argument("--answer-fd", type=int, default=-1, help="answer beside the owner at this socket")
     parser.add_argument("--counts-fd", type=int, default=-1, help="where an answerer counts")
+    parser.add_argument("--fd", type=int, help="serve this connection, which somebody else opened and mounts")
     parser.add_argument("--handover", type=Handover.load, help="serve the mount that a broker hands over")
     args = parser.parse_args(arguments)
     answer = _Answer(args.ready_fd)
@@ -102,7 +103,9 @@ def main(arguments: Sequence[str]) -> int:
             elif args.handover is not None:
                 serve_handed_over(settings, args.handover, serving=answer.mounted)
             elif mountpoint.is_native(settings.mount.driver):
-                keep_served(settings, mounted=answer.mounted)
+                keep_served(settings, mounted=answer.mounted, inherited=args.fd)
+            elif args.fd is not None:
+                raise SettingError("driver", settings.mount.driver, "native, for a descriptor")
             else:
                 serve_portably(settings, mounted=answer.mounted)
     except _Stopped as stopped:
@@ -140,8 +143,8 @@ def chosen_io(settings: Settings) -> IO:
 # ---- the native driver ---------------------------------------------------------------------------
 
 
-def keep_served(settings: Settings, *, mounted: Callable[[], None]) -> None:
-    """Be the broker of a mount, until it is gone."""
+def keep_served(settings: Settings, *, mounted: Callable[[], None], inherited: int | None = None) -> None:
+    """Be the broker of a mount, until it is gone; of the connection `inherited`, where there is one."""
     io, dataset = chosen_io(settings), settings.dataset
     if settings.mount.processes != 1 and (io is not IO.PAGECACHE or not settings.index.snapshot):
         expected = "1, or a snapshot with --io pagecache: only then can several answer"
@@ -157,6 +160,7 @@ def keep_served(settings: Settings, *, mounted: Callable[[], None]) -> None:
         passthrough=io is IO.PASSTHROUGH,
         control=control,
         mounted=mounted,
+        inherited=inherited,
     )
 
 
@@ -171,15 +175,9 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
     agreement, device = handed.agreement, Device(handed.descriptor)
     backings = Backings(device) if agreement.passthrough else None
     with (
-        _built(settings, backings=backings, life=handed.life, pid=handed.broker) as (worker, files),
+        _built(settings, backings=backings, handed=handed) as (worker, files, offer),
         contextlib.ExitStack() as beside,
     ):
-        identity = worker.index.identity
-        if handed.index and identity != handed.index:
-            raise MountError(
-                f"{settings.mount.directory}: the index is another one than this mount was made with; "
-                "unmount, and mount anew"
-            )
         session = Session(
             files, handed.descriptor, agreement,
             max_threads=settings.mount.max_threads, max_idle_threads=settings.mount.max_idle_threads,
@@ -188,8 +186,17 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
         requests = session.requests
         if handed.life and agreement.passthrough:
             _close_old_backings(device)
+        orphaned = threading.Event()
+        shown = mountpoint.is_mounted(settings.mount.directory)
+
+        def end(number: int, frame: FrameType | None) -> None:
+            # A broker would unmount before it tells us.
+            if orphaned.is_set() and shown is not None:
+                mountpoint.take_off(shown.directory, shown.device)
+            session.end()
+
         for number in _ENDING:
-            signal.signal(number, lambda *_: session.end())
+            signal.signal(number, end)
         session.start(resend=handed.life > 0)
         count = settings.mount.processes or processors()
         if count > 1:
@@ -201,14 +208,15 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
                 return dict(Counter(session.requests()) + Counter(answerers.requests()))
 
         worker.attach("mount_requests", requests)
+        offer()  # after the requests that wait: it imports much
         registration = worker.registration()
         registry.register(settings.runtime, registration)
-        _outlive(handed.broker, settings.runtime, registration)
-        serving(index=identity)
+        _outlive(handed.broker, settings.runtime, registration, orphaned)
+        serving(index=worker.index.identity)
         log.info("%s is served at %s", settings.dataset.name, settings.mount.directory)
         session.wait()
         _deaf()
-        if not session.ending:
+        if orphaned.is_set() or not session.ending:
             registry.unregister(settings.runtime, registration)
             log.info("%s: unmounted", settings.mount.directory)
 
@@ -221,7 +229,7 @@ def answer_beside(settings: Settings, handed: Handover, owner: int, counts: int)
     answer(settings, handed, socket.socket(fileno=owner), counts)
 
 
-def _outlive(pid: int, runtime: str, registration: "Registration") -> None:
+def _outlive(pid: int, runtime: str, registration: "Registration", orphaned: threading.Event) -> None:
     """When the broker is killed, the mount goes on, and is known by this process."""
     try:
         broker_ends = os.pidfd_open(pid)
@@ -233,6 +241,7 @@ def _outlive(pid: int, runtime: str, registration: "Registration") -> None:
             select.select([broker_ends], [], [])
             os.close(broker_ends)
         log.error("the broker is gone: the mount ends with this process")
+        orphaned.set()
         registry.register(runtime, replace(registration, pid=os.getpid()))
 
     threading.Thread(target=wait, name="broker-watch", daemon=True).start()
@@ -261,7 +270,8 @@ def serve_portably(settings: Settings, *, mounted: Callable[[], None]) -> None:
     directory = settings.mount.directory
     mountpoint.clean_stale(directory)
     mountpoint.check_target(directory, [settings.state, *(tier.path for tier in settings.cache.tiers)])
-    with _built(settings) as (worker, files), contextlib.ExitStack() as built:
+    with _built(settings) as (worker, files, offer), contextlib.ExitStack() as built:
+        offer()
         registration = worker.registration()
         driver = built.enter_context(Mount(files, settings.mount, source=registration.uris[0]))
         shown = mountpoint.is_mounted(directory)
@@ -289,19 +299,21 @@ def serve_portably(settings: Settings, *, mounted: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _built(
-    settings: Settings, *, backings: "Backings | None" = None, life: int = 0, pid: int | None = None
-) -> "Iterator[tuple[Worker, FileSystem]]":
-    """A worker that answers on its control socket, and the file system on top of it."""
-    from datacache.cluster.server import ControlServer
+    settings: Settings, *, backings: "Backings | None" = None, handed: Handover | None = None
+) -> "Iterator[tuple[Worker, FileSystem, Callable[[], None]]]":
+    """A worker, the file system on top of it, and what lets the worker answer on its control socket."""
     from datacache.worker import Worker
     from fuse.filesystem import FileSystem
 
+    life = handed.life if handed is not None else 0
     with contextlib.ExitStack() as built:
         worker = built.enter_context(
-            Worker(settings, mount=settings.mount.directory, pid=pid, resumed=life > 0)
-        )
-        control = ControlServer(worker, worker.socket, metrics=settings.metrics)
-        built.callback(control.close)
+            Worker(
+                settings, mount=settings.mount.directory, pid=handed.broker if handed is not None else None,
+                resumed=life > 0, index=handed.index if handed is not None else "",
+            )
+        )  # fmt: skip
+        offered = built.enter_context(contextlib.ExitStack())
         built.callback(worker.close)  # before the control server's, which waits for calls under way
         files = FileSystem(
             worker.index,
@@ -313,8 +325,15 @@ def _built(
         )
         built.callback(files.close)
         worker.attach("mount_files", files.stats)
-        control.start()
-        yield worker, files
+
+        def offer() -> None:
+            from datacache.cluster.server import ControlServer
+
+            control = ControlServer(worker, worker.socket, metrics=settings.metrics)
+            offered.callback(control.close)
+            control.start()
+
+        yield worker, files, offer
 
 
 def _all_of(descriptor: int) -> str:

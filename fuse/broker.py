@@ -16,6 +16,7 @@ nothing of the data set, and is protected from the OOM killer, which the daemon 
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -42,6 +43,9 @@ log = logging.getLogger(__name__)
 GRACE = 5.0
 """Seconds for which files that are open go on being served after a signal. The mount point is free at
 once; then what is still open gets ENOTCONN."""
+START = 90.0
+"""Seconds in which a daemon that follows another must serve, or it is killed: as long as `datacache mount`
+waits for the first one."""
 STOP = 10.0
 """Seconds that a daemon which was told to end is given before it is killed. Its cache survives that, and
 what it left unanswered is sent to the next one."""
@@ -51,7 +55,8 @@ YOUNG = 20.0
 """Seconds of life up to which a death counts as young."""
 _BACKOFF, _BACKOFF_MAX = 0.05, 5.0
 """Seconds between a death and the next daemon: doubled with each young one."""
-_ASK_TIMEOUT = 5.0
+_ASK_TIMEOUT = 2.0
+"""Seconds for a request to arrive whole: nothing else is done meanwhile."""
 _ASK_MAX = 4 << 20
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -91,36 +96,47 @@ def control_path(control: str) -> str:
 
 def serve(
     settings: Settings, *, source: str, stateless: bool, passthrough: bool, control: str,
-    mounted: Callable[[], None],
+    mounted: Callable[[], None], inherited: int | None = None,
 ) -> None:  # fmt: skip
     """Mount, call `mounted` when it answers, keep it served until it is gone, take everything down.
 
-    `control`: the control socket that its daemons will have. Raises what the first daemon could not start
-    for.
+    `control`: the control socket that its daemons will have. `inherited`: the descriptor of a fresh
+    connection that somebody else has opened and mounts; it is served, and neither mounted nor unmounted.
+    Raises what the first daemon could not start for.
     """
     directory = settings.mount.directory
-    mountpoint.clean_stale(directory)
-    mountpoint.check_target(directory, [settings.state, *(tier.path for tier in settings.cache.tiers)])
     with contextlib.ExitStack() as built:
         before = _protect()
-        descriptor = mountpoint.mount(directory, source=source, allow_other=settings.mount.allow_other)
-        built.callback(os.close, descriptor)
-        shown = mountpoint.is_mounted(directory)
-        if shown is None:
-            raise MountError(f"{directory}: mounted, and gone again before it was served")
-
-        def take_off() -> None:
-            mountpoint.take_off(directory, shown.device)
-
-        built.callback(take_off)
+        take_off = None
+        if inherited is None:
+            descriptor, take_off = _mounted(settings, source=source)
+            built.callback(os.close, descriptor)
+            built.callback(take_off)
+        else:
+            descriptor = inherited
+            built.callback(os.close, descriptor)
         agreement = connection.greet(descriptor, stateless=stateless, passthrough=passthrough)
         if passthrough and not agreement.passthrough:
             log.warning("this kernel offers no passthrough (CONFIG_FUSE_PASSTHROUGH): reads are served")
-        # After INIT: answering it resets the read-ahead.
-        mountpoint.set_read_ahead(directory, settings.mount.read_ahead)
+        if mountpoint.is_mounted(directory) is not None:  # else it is in another name space
+            # After INIT: answering it resets the read-ahead.
+            mountpoint.set_read_ahead(directory, settings.mount.read_ahead)
         first = Handover(descriptor, agreement, 0, os.getpid(), before)
         with Broker(settings, first, control=control, take_off=take_off, mounted=mounted) as broker:
             broker.run()
+
+
+def _mounted(settings: Settings, *, source: str) -> tuple[int, Callable[[], None]]:
+    """Mount; the descriptor of the connection, and what takes the mount off again."""
+    directory = settings.mount.directory
+    mountpoint.clean_stale(directory)
+    mountpoint.check_target(directory, [settings.state, *(tier.path for tier in settings.cache.tiers)])
+    descriptor = mountpoint.mount(directory, source=source, allow_other=settings.mount.allow_other)
+    shown = mountpoint.is_mounted(directory)
+    if shown is None:
+        os.close(descriptor)
+        raise MountError(f"{directory}: mounted, and gone again before it was served")
+    return descriptor, functools.partial(mountpoint.take_off, directory, shown.device)
 
 
 @dataclass(frozen=True)
@@ -158,6 +174,7 @@ class _Daemon:
         finally:
             os.close(theirs)
         self.ended = os.pidfd_open(self.process.pid)
+        self.serves = False
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
             pipe.write(settings.encode())
@@ -179,9 +196,10 @@ class Broker:
     """One mount and the daemons behind it. One thread; everything that happens is an event of `run`."""
 
     def __init__(
-        self, settings: Settings, first: Handover, *, control: str, take_off: Callable[[], None],
+        self, settings: Settings, first: Handover, *, control: str, take_off: Callable[[], None] | None,
         mounted: Callable[[], None],
     ) -> None:  # fmt: skip
+        """`take_off` is None for a mount that is not ours to take off."""
         self._settings, self._text = settings, dump_settings(settings)
         self._python = sys.executable
         self._handover, self._descriptor = first, first.descriptor
@@ -191,7 +209,7 @@ class Broker:
         self._deaths = 0  # young ones, one after the other
         self._next_at = 0.0  # when the next daemon is to be started, while there is none
         self._given_up = self._over = self._served = False
-        self._kill_at = float("inf")  # when the daemon that was told to end is killed
+        self._kill_at = float("inf")  # when the daemon is killed, unless it has ended, or serves, by then
         self._end_at = float("inf")  # when what is still open is ended, after a signal
         self._signals = 0
         self._asking: _Upgrade | None = None
@@ -267,7 +285,8 @@ class Broker:
             self._end_at = float("inf")
             self._end()
         if now >= self._kill_at and self._daemon is not None:
-            log.warning("the daemon (process %d) does not end; killing it", self._daemon.process.pid)
+            what = "end" if self._daemon.serves else "serve"
+            log.warning("the daemon (process %d) does not %s; killing it", self._daemon.process.pid, what)
             self._kill_at = float("inf")
             self._daemon.process.kill()
         if self._daemon is None and not self._given_up and not self._over and now >= self._next_at:
@@ -276,7 +295,13 @@ class Broker:
     # ---- daemons ---------------------------------------------------------------------------------
 
     def _start(self, settings: str, python: str = "") -> None:
-        self._daemon = daemon = _Daemon(python or self._python, settings, self._handover)
+        try:
+            self._daemon = daemon = _Daemon(python or self._python, settings, self._handover)
+        except OSError as error:
+            self._failed(-1, f"it cannot be started: {error}", young=True)
+            return
+        if self._served:
+            self._kill_at = daemon.started + START
         self._events.register(daemon.ready, selectors.EVENT_READ, self._on_ready)
         self._events.register(daemon.ended, selectors.EVENT_READ, self._on_end)
 
@@ -288,12 +313,15 @@ class Broker:
         self._events.unregister(daemon.ready)
         if daemon.answer is None or not daemon.answer.get("ok"):
             return  # it ends, and then we know why
+        daemon.serves = True
+        if self._asking is None or self._asking.replaces != daemon.life:
+            self._kill_at = float("inf")
         self._handover = replace(self._handover, index=daemon.answer.get("index", ""))
         self._text, self._python = daemon.settings, daemon.python
         if not self._served:
             self._served = True
             self._mounted()
-        elif self._asking is not None:
+        elif self._asking is not None and self._asking.replaces != daemon.life:
             self._settings = load_settings(self._text)
             log.info("upgraded: process %d serves", daemon.process.pid)
             self._tell(ok=True, pid=daemon.process.pid)
@@ -319,19 +347,26 @@ class Broker:
             self._over = True
         elif self._asking is not None and self._asking.replaces == daemon.life:
             self._follow(self._asking.settings, self._asking.python)  # the old one has made room
+        else:
+            how = str(said.get("error") or _how(code))
+            self._failed(daemon.process.pid, how, young=time.monotonic() - daemon.started < YOUNG)
+
+    def _failed(self, pid: int, how: str, *, young: bool) -> None:
+        """A daemon has ended that nobody told to, or could not be started."""
+        if not self._served:
+            self._failure, self._over = MountError(how), True
         elif self._asking is not None:
-            self._tell(error=said.get("error") or f"the new daemon ended ({_how(code)})")
-            log.error("the upgrade failed; going on with what there was")
+            self._tell(error=f"the new daemon: {how}")
+            log.error("the upgrade failed (%s); going on with what there was", how)
             self._follow(self._text)
         else:
-            self._died(daemon, f"{said['error']}" if said.get("error") else _how(code))
+            self._died(pid, how, young=young)
 
     def _follow(self, settings: str, python: str = "") -> None:
         self._handover = replace(self._handover, life=self._handover.life + 1)
         self._start(settings, python)
 
-    def _died(self, daemon: _Daemon, how: str) -> None:
-        young = time.monotonic() - daemon.started < YOUNG
+    def _died(self, pid: int, how: str, *, young: bool) -> None:
         self._deaths = self._deaths + 1 if young else 1
         self._handover = replace(self._handover, life=self._handover.life + 1)
         if self._deaths >= TRIES:
@@ -339,7 +374,7 @@ class Broker:
             self._give_up()
             return
         wait = min(_BACKOFF_MAX, _BACKOFF * 2 ** (self._deaths - 1)) if self._deaths > 1 else 0.0
-        log.error("the daemon (process %d) died (%s); starting another", daemon.process.pid, how)
+        log.error("the daemon (process %d) died (%s); starting another", pid, how)
         self._next_at = time.monotonic() + wait
 
     def _on_gone(self) -> None:
@@ -387,6 +422,10 @@ class Broker:
         if self._signals > 1:
             self._end()
             return
+        if self._take_off is None:
+            log.info("told to end")
+            self._end()
+            return
         log.info("told to end: unmounting")
         self._take_off()
         self._end_at = time.monotonic() + GRACE
@@ -404,9 +443,8 @@ class Broker:
 
     def _on_ask(self) -> None:
         peer, _ = self._listener.accept()
-        peer.settimeout(_ASK_TIMEOUT)
         try:
-            asked = _line(peer)
+            asked = _line(peer, _ASK_TIMEOUT)
             if self._asking is not None:
                 raise MountError("another upgrade is under way")
             request = json.loads(asked)
@@ -473,9 +511,10 @@ def _how(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _line(peer: socket.socket) -> bytes:
-    text = b""
+def _line(peer: socket.socket, timeout: float) -> bytes:
+    text, deadline = b"", time.monotonic() + timeout
     while b"\n" not in text:
+        peer.settimeout(max(0.001, deadline - time.monotonic()))
         piece = peer.recv(1 << 16)
         if not piece or len(text) > _ASK_MAX:
             raise MountError("the request did not arrive whole")
@@ -512,14 +551,14 @@ def _protect() -> str:
 def ask_for_upgrade(control: str, settings: Settings | None, *, timeout: float) -> int:
     """Ask the broker of a mount for another daemon, of this interpreter's code; its pid. `settings` None: the
     same as now. Raises MountError."""
+    request = {"settings": settings and dump_settings(settings), "python": sys.executable}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
         to.settimeout(timeout)
         try:
             with _address(control_path(control)) as address:
                 to.connect(address)
-            request = {"settings": settings and dump_settings(settings), "python": sys.executable}
             to.sendall(json.dumps(request).encode() + b"\n")
-            answer = json.loads(_line(to))
+            answer = json.loads(_line(to, timeout))
         except (OSError, ValueError) as error:
             raise MountError(f"the mount's broker does not answer ({error})") from error
     if "error" in answer:

@@ -556,13 +556,18 @@ def open_pinned(path: str, *, made_for: str, name: str) -> Database:
     return Database(path, pinned=True)
 
 
-def open_live(path: str, *, made_for: str, skeleton: Sequence[Skeleton], resumed: bool) -> Database:
+def open_live(
+    path: str, *, made_for: str, skeleton: Sequence[Skeleton], resumed: bool, anew: bool = True
+) -> Database:
     """The live catalogue at `path`; a new one where there is none, or where it is of other mounts, in
     another format or damaged: it holds nothing that cannot be listed again, and entries of another
     bucket must never be shown. (A process that has the old file open keeps it, without its name.) Unless
-    `resumed`, former versions are forgotten: there is no mount that could still name one."""
+    `resumed`, former versions are forgotten: there is no mount that could still name one. Not `anew`: a
+    mount uses the numbers of what should be there, so what is not fit is left alone, and refused."""
     with locked(path + ".lock", wait=True):
         reason = _unfit(path, made_for)
+        if reason and not anew:
+            raise IndexBroken(f"the index {path} is not what this mount was made with: {reason}")
         if reason:
             _log.info("the index %s is made anew: %s", path, reason)
             # In this order: SQLite drops the log of a database that is not there, but it would replay
