@@ -73,6 +73,9 @@ FETCHED_AT_OPEN = 4 * MiB
 """Bytes of the largest file that an open waits for, so that it can be passed through: one request to the
 store, which the first read would wait for too."""
 
+NAME_MAX = 255
+"""Bytes of the longest name that a directory shows (docs/names.md), as statfs says."""
+
 RECOVERED = 64
 """Objects kept open for reads without an open of ours. Each is a descriptor, and not evicted meanwhile."""
 
@@ -325,6 +328,7 @@ class FileSystem:
     def lookup(self, parent: int, name: bytes) -> Attributes:
         """The node of `name`, which the kernel will remember until it is forgotten; node 0 where
         there is no such name."""
+        _check_name(name)
         directory = nodes.path(parent)
         try:
             return self._told(self._index.lookup(directory, name))
@@ -332,6 +336,7 @@ class FileSystem:
             return self._missing(directory)
 
     def lookup_nowait(self, parent: int, name: bytes) -> Attributes | None:
+        _check_name(name)
         directory = nodes.path(parent)
         try:
             entry = self._index.lookup_nowait(directory, name)
@@ -608,6 +613,11 @@ _XATTRS = (
     b"user.datacache.tier",
     b"user.datacache.cached",
 )
+
+
+def _check_name(name: bytes) -> None:
+    if len(name) > NAME_MAX:
+        raise Refused(errno.ENAMETOOLONG)
 
 
 def _check_flags(flags: int) -> None:

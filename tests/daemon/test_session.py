@@ -553,7 +553,7 @@ def _requests(draw: st.DrawFn) -> bytes:
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )  # the session is to live through all of them
 @given(request=_requests())
 def _anything_is_answered_once(it: Kernel, request: bytes) -> None:
