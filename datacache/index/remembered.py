@@ -7,9 +7,8 @@ are values too. About 1 KiB an entry (measured; two thirds are the entry itself)
 """
 
 import threading
+from collections import OrderedDict
 from typing import NamedTuple
-
-from cachetools import LRUCache
 
 from datacache.model import Entry
 
@@ -27,46 +26,43 @@ class Remembered:
     """Up to `limit` names. Thread-safe; the lock is held for microseconds."""
 
     def __init__(self, limit: int) -> None:
-        # Invariant, under the lock: `_inos` holds exactly the values of `_names` that have an entry.
+        self._limit = max(1, limit)
+        # Invariant, under the lock: `_inos` holds exactly the values of `_names` that have an entry; least
+        # recently used ones come first. (cachetools' LRU would do, in Python: 5 us where this takes 0.5.)
         self._lock = threading.Lock()
         self._inos: dict[int, Known] = {}
-        self._names = _Names(max(1, limit), self._inos)
+        self._names: OrderedDict[tuple[int, bytes], Known] = OrderedDict()
 
     def __repr__(self) -> str:
-        return f"<Remembered {len(self._names)} of {self._names.maxsize:.0f} names>"
+        return f"<Remembered {len(self._names)} of {self._limit} names>"
 
     def name(self, parent: int, name: bytes) -> Known | None:
         """What is remembered of a name."""
         with self._lock:
-            return self._names.get((parent, name))
+            known = self._names.get((parent, name))
+            if known is not None:
+                self._names.move_to_end((parent, name))
+            return known
 
     def ino(self, ino: int) -> Known | None:
         """What is remembered of the path `ino`; it has an entry."""
         with self._lock:
             known = self._inos.get(ino)
             if known is not None and known.entry is not None:
-                self._names.get((known.entry.parent, known.entry.name))  # it was used just now
+                self._names.move_to_end((known.entry.parent, known.entry.name))
             return known
 
     def keep(self, parent: int, name: bytes, known: Known) -> None:
         """Remember `known` in place of what was remembered of that name."""
         with self._lock:
-            old = self._names.pop((parent, name), None)
-            if old is not None and old.entry is not None:
-                self._inos.pop(old.entry.ino, None)
+            self._drop(self._names.pop((parent, name), None))
             self._names[parent, name] = known
             if known.entry is not None:
                 self._inos[known.entry.ino] = known
+            if len(self._names) > self._limit:
+                self._drop(self._names.popitem(last=False)[1])
 
-
-class _Names(LRUCache[tuple[int, bytes], Known]):
-    def __init__(self, limit: int, inos: dict[int, Known]) -> None:
-        super().__init__(limit)
-        self._by_ino = inos
-
-    def popitem(self) -> tuple[tuple[int, bytes], Known]:
-        """Give up what was used least recently, under its inode too."""
-        key, known = super().popitem()
-        if known.entry is not None:
-            self._by_ino.pop(known.entry.ino, None)
-        return key, known
+    def _drop(self, known: Known | None) -> None:
+        """Forget what is no longer under its name under its inode too."""
+        if known is not None and known.entry is not None:
+            self._inos.pop(known.entry.ino, None)
