@@ -63,6 +63,10 @@ CREATE TABLE blocks (
 _ROWS = (
     "SELECT id, digest, source, key, token, size, last_open, pinned, superseded, used, present FROM entries"
 )
+_HELD = (
+    "SELECT id, used, pinned, superseded, start, stop, checksum, epoch"
+    " FROM entries LEFT JOIN blocks ON entry = id WHERE digest = ? ORDER BY start"
+)
 _CANDIDATES = (
     "SELECT e.id, digest, d.name, d.priority, last_open, used, superseded, pinned"
     " FROM entries e JOIN datasets d ON d.id = e.dataset"
@@ -97,6 +101,17 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         return file_name(self.digest, self.id)
+
+
+class Held(NamedTuple):
+    """What an open needs of an entry, whose key it has."""
+
+    id: int
+    used: int
+    pinned: bool
+    superseded: bool
+    blocks: list[Block]
+    """In order."""
 
 
 def checksum(data: Buffer) -> int:
@@ -194,6 +209,15 @@ class Catalogue:
         """The entry of a key's digest."""
         found = self._ask(f"{_ROWS} WHERE digest = ?", digest)
         return _row(found[0]) if found else None
+
+    def held(self, digest: bytes) -> Held | None:
+        """The same with its blocks, for an open: one query, where `find` and `blocks` are two (10 us)."""
+        rows = self._ask(_HELD, digest)
+        if not rows:
+            return None
+        entry, used, pinned, superseded, first, *_ = rows[0]
+        blocks = [Block._make(values[4:]) for values in rows] if first is not None else []
+        return Held(entry, used, bool(pinned), bool(superseded), blocks)
 
     def get(self, entry: int) -> Row | None:
         """The entry of an id."""

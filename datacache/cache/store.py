@@ -36,7 +36,7 @@ from itertools import islice
 from uuid import uuid4
 
 from datacache.cache import catalogue as db
-from datacache.cache.catalogue import Block, Catalogue, Row, checksum
+from datacache.cache.catalogue import Block, Catalogue, Held, Row, checksum
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, take_lock
 from datacache.cache.policy import Shortage, Stance, excess, pages, rank, shortage, victims
@@ -319,9 +319,9 @@ class Store:
             if entry is None:
                 entry = Entry(key, digest)
                 entry.users = 1
-                row = self.catalogue.find(digest)
-                if row is not None:
-                    self._load(entry, row)
+                held = self.catalogue.held(digest)
+                if held is not None:
+                    self._load(entry, held)
                 with self._lock:
                     self._entries[digest] = entry
             if touch and entry.recorded:
@@ -361,23 +361,22 @@ class Store:
         same = os.path.samestat(found, os.fstat(ours.fd)) and found.st_size == entry.key.size
         return handle if same else None
 
-    def _load(self, entry: Entry, row: Row) -> None:
+    def _load(self, entry: Entry, held: Held) -> None:
         try:
-            handle = self._disk.open(row.name, os.O_RDWR, at=self._at.fd)
+            handle = self._disk.open(db.file_name(entry.digest, held.id), os.O_RDWR, at=self._at.fd)
         except FileNotFoundError:
             self.check_place()
-            self._forget(row)
+            self._forget(held)
             return
-        blocks = self.catalogue.blocks(row.id)
-        entry.covered = Coverage(b.span for b in blocks)
+        entry.covered = Coverage(b.span for b in held.blocks)
         boot = self.catalogue.boot_epoch
-        entry.doubt = {b.start: b for b in blocks if 0 < b.epoch < boot}
+        entry.doubt = {b.start: b for b in held.blocks if 0 < b.epoch < boot}
         entry.doubt_starts = list(entry.doubt)
-        entry.id, entry.handle, entry.used = row.id, handle, row.used
-        entry.pinned, entry.superseded, entry.recorded = row.pinned, row.superseded, True
-        entry.whole = entry.covered.covers(ByteRange(0, row.key.size))
+        entry.id, entry.handle, entry.used = held.id, handle, held.used
+        entry.pinned, entry.superseded, entry.recorded = held.pinned, held.superseded, True
+        entry.whole = entry.covered.covers(ByteRange(0, entry.key.size))
 
-    def _forget(self, row: Row) -> None:
+    def _forget(self, row: Row | Held) -> None:
         """A recorded entry whose file is not there; under its stripe."""
         if self.catalogue.remove(row.id):
             with self._lock:
