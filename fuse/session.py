@@ -70,7 +70,9 @@ class Session:
         self._crowded = False  # said already that threads cannot be had
         self._ended = threading.Event()
         self._ending = False  # told to end: what fails from now on is for a successor to answer
-        self._open_flags = int(OpenFlag.KEEP_CACHE)
+        # Nothing is written, so there is nothing to FLUSH: not even once, to be told ENOSYS.
+        self._open_flags = int(OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH)
+        self._passed_flags = int(OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH)
         self._directory_flags = int(
             OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR if agreement.cached_directories else 0
         )
@@ -272,7 +274,7 @@ class Session:
             return protocol.error(header.unique, errno.ENOSYS)
         handle, backing = self.files.open(header.node, body.flags)
         # A node is one version, so its pages stay true from one open to the next.
-        flags = int(OpenFlag.PASSTHROUGH) if backing else self._open_flags
+        flags = self._passed_flags if backing else self._open_flags
         return protocol.reply(header.unique, protocol.encode_open_out(handle, flags, backing))
 
     def _read(self, header: Header, body: protocol.ReadIn) -> Answer:

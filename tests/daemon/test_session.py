@@ -260,7 +260,7 @@ def test_open_read_release(make: Maker) -> None:
     it = make()
     node = it.lookup("d/b").node
     opened = it.open(node)
-    assert opened.flags == OpenFlag.KEEP_CACHE
+    assert opened.flags == OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH
     for offset, size in ((0, 100), (10_000, 1000), (10_240, 10), (1 << 40, 10)):
         got = it.data(Opcode.READ, ReadIn(opened.fh, offset, size, 0, 0, 0), node=node)
         assert got == OBJECTS["d/b"][offset : offset + size]
@@ -286,14 +286,14 @@ def test_a_whole_file_is_opened_on_its_cached_copy(make: Maker) -> None:
     it = make(agreement=Agreement(protocol.MINOR, 0, True, False, True))
     node = it.lookup("z").node
     first, second = it.open(node), it.open(node)
-    assert first.flags == second.flags == OpenFlag.PASSTHROUGH
+    assert first.flags == second.flags == OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH
     assert first.backing_id == second.backing_id
     assert it.registrar.known == {first.backing_id}
     for opened in (first, second):
         it.data(Opcode.RELEASE, ReleaseIn(opened.fh, 0, 0, 0), node=node)
     assert not it.registrar.known
     empty = it.open(it.lookup("d/empty").node)
-    assert (empty.flags, empty.backing_id) == (OpenFlag.KEEP_CACHE, 0)
+    assert (empty.flags, empty.backing_id) == (OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH, 0)
 
 
 def test_errors_are_answered_as_errnos(make: Maker) -> None:
