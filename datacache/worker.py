@@ -99,7 +99,7 @@ class Worker:
             building.callback(self.reader.close)
             self.loads = Loads(self.index, self.reader, self.cache, settings.reading, clock=self.clock)
             building.callback(self.loads.close)
-            building.callback(self._closing.set)
+            building.callback(self._give_up)
             self._stack = building.pop_all()
 
     def __repr__(self) -> str:
@@ -113,8 +113,15 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Stop: jobs, reader, index, cache, sources, in this order. Idempotent."""
+        """Stop: jobs, reader, index, cache, in this order. What waits for a store is given up first, so no
+        store that does not answer holds this up. Idempotent."""
         self._stack.close()
+
+    def _give_up(self) -> None:
+        self._closing.set()
+        self.loads.stop()  # first, so that what the sources give up is no failure of theirs
+        for source in self.sources:
+            source.close()
 
     def registration(self) -> Registration:
         """What other processes find it by (`cluster.registry`)."""

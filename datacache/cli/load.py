@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 SHOWN_FAILURES = 20
 """Failures that are printed one by one; --json has them all (the first 1,000)."""
 
+_LAST_FETCHES = 3.0
+"""Seconds that an interrupted load waits for fetches under way. A store that stalls can take --timeout for
+them: a mount then ends them by itself, and where there is none they are given up."""
 _FOREVER = 10 * 365 * 86400
 """Seconds that stand for `inf`, which JSON has no word for."""
 
@@ -106,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             status = follow(control, job, quiet=args.json)
         except KeyboardInterrupt:
             control.load_cancel(job)
-            status = follow(control, job, quiet=True)  # bounded by the fetches under way
+            status = follow(control, job, quiet=True, patience=_LAST_FETCHES)
             print(
                 f"datacache: interrupted after {line(status)}; what is cached stays; "
                 f"`{_again(args)}` goes on",

@@ -57,17 +57,19 @@ def line(status: LoadStatus) -> str:
 
 
 def follow(
-    control: "Control", job: str, *, out: TextIO = sys.stderr, quiet: bool = False, clock: Clock | None = None
-) -> LoadStatus:
-    """Show how `job` is doing on `out` until it ends; how it ended."""
+    control: "Control", job: str, *, out: TextIO = sys.stderr, quiet: bool = False,
+    patience: float = float("inf"), clock: Clock | None = None,
+) -> LoadStatus:  # fmt: skip
+    """Show how `job` is doing on `out` until it ends, or for `patience` seconds; how it is then."""
     clock = clock or SystemClock()
     never = threading.Event()
+    give_up = clock.monotonic() + patience
     show = _silence if quiet else _bar if out.isatty() else _lines
     with show(out, clock) as update:
         while True:
             status = control.load_status(job)
             update(status)
-            if status.state != "running":
+            if status.state != "running" or clock.monotonic() >= give_up:
                 return status
             clock.wait(never, LOOK)
 

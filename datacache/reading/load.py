@@ -136,13 +136,19 @@ class Loads:
             self._clock.wait(job.ended, timeout)
         return job.status()
 
-    def close(self) -> None:
-        """Cancel all jobs and wait for their threads. Idempotent."""
+    def stop(self) -> None:
+        """Cancel all jobs, and start none any more; `close` waits for their threads. Idempotent."""
         with self._lock:
             self._closed = True
             jobs = list(self._jobs.values())
         for job in jobs:
             job.cancel()
+
+    def close(self) -> None:
+        """Cancel all jobs and wait for their threads. Idempotent."""
+        self.stop()
+        with self._lock:
+            jobs = list(self._jobs.values())
         for job in jobs:
             job.join()
 

@@ -14,8 +14,10 @@ and nested profiles. Next: `datacache.sources.s3` puts this and obstore together
 """
 
 import logging
+import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -381,12 +383,14 @@ class S3Client:
         self._bucket, self._credentials, self._settings = bucket, credentials, settings
         self._lock = threading.Lock()  # guards the birth of the client
         self._client: Any = None
+        self._connections = _Connections()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, those on which an answer is waited for, too."""
         with self._lock:
             if self._client is not None:
                 self._client.close()
+        self._connections.cut()
 
     @property
     def endpoint(self) -> str:
@@ -553,6 +557,7 @@ class S3Client:
                 response_checksum_validation="when_required",
             ),
         )
+        self._connections.of(client._endpoint.http_session)
         client._endpoint.http_session = _Timely(client._endpoint.http_session, self._settings.timeout)
         # botocore parses each answer once more, only to find errors that were sent with status 200.
         # `parse_listing` finds them. Should a later botocore call its check something else, listings
@@ -588,6 +593,51 @@ class S3Client:
         finally:
             client.close()
         return str(headers.get("x-amz-bucket-region", "us-east-1"))
+
+
+class _Connections:
+    """The connections of botocore's HTTP sessions, so that whoever closes need not wait for an answer on one.
+
+    urllib3 forgets a connection while it is in use. Should a later botocore make its connections in
+    another way, a close takes as long as a stalled answer, and that is all.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the two below
+        self._open: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._closed = False
+
+    def of(self, session: Any) -> None:
+        """See to it that connections of `session` are known here."""
+        classes = getattr(session, "_pool_classes_by_scheme", {})
+        for scheme, pool in list(classes.items()):  # the dictionary that its connection managers have
+            known = type(pool.ConnectionCls.__name__, (pool.ConnectionCls,), {"connect": self._connect(pool)})
+            classes[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": known})
+
+    def cut(self) -> None:
+        """End all of them, now and when they are made."""
+        with self._lock:
+            self._closed = True
+            connections = list(self._open)
+        for connection in connections:
+            _end(connection)
+
+    def _connect(self, pool: Any) -> Callable[[Any], None]:
+        def connect(connection: Any) -> None:
+            pool.ConnectionCls.connect(connection)
+            with self._lock:
+                self._open.add(connection)
+                closed = self._closed
+            if closed:
+                _end(connection)
+
+        return connect
+
+
+def _end(connection: Any) -> None:
+    # Shut down, not closed: whoever reads on it wakes up, and closes it.
+    with suppress(OSError, AttributeError):
+        connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 class _Timely:

@@ -86,6 +86,7 @@ class FsspecSource:
         self._conditional: bool = getattr(self._fs, "conditional", False)
         self._md5_etag: bool = getattr(self._fs, "md5_etag", False)
         self._calls = _Calls(THREADS)
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"<FsspecSource {self._uri} by {type(self._fs).__name__}, {self._calls!r}>"
@@ -174,6 +175,9 @@ class FsspecSource:
 
     def close(self) -> None:
         """Let go of what can be let go of; calls that hang end with the process."""
+        if self._closed:
+            return
+        self._closed = True
         self._calls.close()
         if hasattr(self._fs, "aclose"):
             asyncio.run_coroutine_threadsafe(self._fs.aclose(), self._fs.loop).result(5)

@@ -44,6 +44,7 @@ class S3Source:
         self._bucket, self._settings = bucket, settings
         self._credentials = Credentials(bucket, clock=clock)
         self._client = S3Client(bucket, self._credentials, settings)
+        self._calls = objectstore.Calls()
         self._lock = threading.Lock()  # guards the two below, and the birth of a store
         self._store: tuple[Keys | None, objectstore.Store] | None = None
         self._versioned: bool | None = None
@@ -85,6 +86,7 @@ class S3Source:
         return self._signed(lambda: self._read(info, span))
 
     def close(self) -> None:
+        self._calls.close()
         self._client.close()
         with self._lock:
             self._store = None
@@ -93,7 +95,7 @@ class S3Source:
         key = self._bucket.prefix + info.key
         thing = f"{self._bucket.scheme}://{self._bucket.name}/{key}"
         if objectstore.can_name(key):
-            return objectstore.get(self._store_of_today(), key, info, span, thing=thing)
+            return objectstore.get(self._calls, self._store_of_today(), key, info, span, thing=thing)
         whole = span.start == 0 and span.stop == info.size
         answer = self._client.get(
             key, None if whole else span,

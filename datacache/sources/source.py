@@ -71,4 +71,5 @@ class Source(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of connections and threads. The source is not used afterwards."""
+        """Let go of connections and threads; calls under way are given up, where that can be done, and raise
+        Unavailable. The source is not used afterwards. Idempotent."""

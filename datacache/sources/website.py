@@ -82,9 +82,11 @@ class WebSource:
         self._store = objectstore.http_store(
             f"{parts.scheme}://{parts.netloc}", ca_bundle=ca_bundle, settings=settings
         )
+        self._calls = objectstore.Calls()
         self._trust = ssl.create_default_context(cafile=ca_bundle or None)
         self._lock = threading.Lock()  # guards the birth of the pool
         self._pool: ThreadPoolExecutor | None = None
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"<WebSource {self._root}>"
@@ -120,12 +122,17 @@ class WebSource:
                 waiting += reversed(below)
 
     def stat(self, key: str) -> ObjectInfo:
-        return objectstore.head(self._store, self._name(key), thing=self._thing(key))._replace(key=key)
+        found = objectstore.head(self._calls, self._store, self._name(key), thing=self._thing(key))
+        return found._replace(key=key)
 
     def read(self, info: ObjectInfo, span: ByteRange) -> Buffer:
-        return objectstore.get(self._store, self._name(info.key), info, span, thing=self._thing(info.key))
+        return objectstore.get(
+            self._calls, self._store, self._name(info.key), info, span, thing=self._thing(info.key)
+        )
 
     def close(self) -> None:
+        self._closed = True
+        self._calls.close()
         with self._lock:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
@@ -164,7 +171,7 @@ class WebSource:
                 # As it comes, for the time-out is one between two bytes: a trickle would never end.
                 while len(body) <= _LARGEST_PAGE and (part := answer.read1(_LARGEST_PAGE + 1 - len(body))):
                     body += part
-                    if time.monotonic() > deadline:
+                    if self._closed or time.monotonic() > deadline:
                         raise TimeoutError("the page took too long")
                 missing = 0 if len(body) > _LARGEST_PAGE else answer.length or 0
         except urllib.error.HTTPError as error:

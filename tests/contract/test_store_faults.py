@@ -6,7 +6,8 @@ bytes, or an error that says what happened. Wrong bytes are never among them.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from random import Random
@@ -25,7 +26,7 @@ from datacache.errors import (
     VersionChanged,
     WrongBytes,
 )
-from datacache.model import ByteRange, MountPoint
+from datacache.model import ByteRange, MountPoint, ObjectInfo
 from datacache.sources.opening import open_source
 from datacache.sources.source import Source
 from tests.conftest import AnnouncedLogs
@@ -44,6 +45,7 @@ from tests.support.faulty_s3 import (
     Trickle,
     Truncate,
 )
+from tests.support.reading import until
 
 BODY = Random(7).randbytes(50_000)
 ODD = "odd//key"  # obstore cannot ask for it, so botocore does
@@ -269,3 +271,35 @@ def test_a_store_that_is_not_there(logs: AnnouncedLogs) -> None:
             source.stat("o")
         with pytest.raises(BreakerOpen):
             source.stat("o")
+
+
+@pytest.mark.parametrize(
+    ("operation", "act"),
+    [
+        ("get", lambda source, info: source.read(info["o"], WHOLE)),
+        ("get", lambda source, info: source.read(info[ODD], ByteRange(0, 1000))),
+        ("head", lambda source, info: source.stat("o")),
+        ("list", lambda source, info: list(source.list("", recursive=True))),
+    ],
+    ids=["read by obstore", "read by botocore", "stat", "list"],
+)
+@pytest.mark.parametrize("fault", [Stall(), Stall(after=10), Trickle(0.01)], ids=repr)
+def test_a_close_does_not_wait_for_a_store_that_stalls(
+    s3: FaultyS3, operation: str, act: Callable[[Source, dict[str, ObjectInfo]], object], fault: Fault
+) -> None:
+    """Whatever is under way is given up by `close`, though it could go on for minutes yet."""
+    patient = replace(QUICK, timeout=600.0, stall_timeout=300.0)
+    with closing(opened(s3, patient)) as source, ThreadPoolExecutor(1) as pool:
+        info = {key: source.stat(key) for key in ("o", ODD)}
+        if operation == "head" and fault != Stall():
+            pytest.skip("an answer to HEAD has no body that could be slow")
+        before = s3.count(operation)
+        s3.add(operation, fault, fault)
+        under_way = pool.submit(act, source, info)
+        until(lambda: s3.count(operation) > before)
+        begun = time.monotonic()
+        source.close()
+        assert isinstance(under_way.exception(10.0), Unavailable)
+        assert time.monotonic() - begun < 5.0
+        with pytest.raises(Unavailable):
+            source.read(info["o"], PART)

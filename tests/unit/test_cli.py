@@ -445,6 +445,14 @@ def test_a_load_on_a_terminal_is_a_bar(clock: VirtualClock) -> None:
     assert "\x1b" in out.getvalue()
 
 
+def test_an_interrupted_load_is_not_waited_for_longer_than_its_patience(clock: VirtualClock) -> None:
+    """A store that stalls does not hold up Ctrl-C."""
+    control, begun = FakeControl(), clock.monotonic()
+    control.job = [RUNNING]
+    assert progress.follow(control, "load-1", quiet=True, patience=3.0, clock=clock) == RUNNING
+    assert clock.monotonic() - begun == 3.0
+
+
 def test_a_quiet_load_prints_nothing(clock: VirtualClock) -> None:
     """With --json the only output is the object at the end."""
     out = Terminal()
