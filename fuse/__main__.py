@@ -217,7 +217,7 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
         session.wait()
         _deaf()
         if orphaned.is_set() or not session.ending:
-            registry.unregister(settings.runtime, registration)
+            registry.clear(worker.socket)
             log.info("%s: unmounted", settings.mount.directory)
 
 

@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
 
+from datacache.cluster import registry
 from datacache.config.parsing import dump_settings, load_settings
 from datacache.config.settings import Settings
 from datacache.errors import DatacacheError, MountError, SettingError
@@ -87,11 +88,6 @@ class Handover:
     def load(text: str) -> "Handover":
         fields = json.loads(text)
         return Handover(**{**fields, "agreement": Agreement(**fields["agreement"])})
-
-
-def control_path(control: str) -> str:
-    """Where the broker listens, of a mount whose worker's control socket is `control`."""
-    return control.removesuffix(".sock") + ".broker"
 
 
 def serve(
@@ -203,7 +199,8 @@ class Broker:
         self._settings, self._text = settings, dump_settings(settings)
         self._python = sys.executable
         self._handover, self._descriptor = first, first.descriptor
-        self._control, self._take_off, self._mounted = control_path(control), take_off, mounted
+        self._worker, self._control = control, registry.broker_socket(control)
+        self._take_off, self._mounted = take_off, mounted
         self._events = selectors.DefaultSelector()
         self._daemon: _Daemon | None = None
         self._deaths = 0  # young ones, one after the other
@@ -254,8 +251,7 @@ class Broker:
         self._events.close()
         self._gone.close()
         self._listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._control)
+        registry.clear(self._worker)  # the last daemon may have had no time to
         signal.set_wakeup_fd(self._old_wake)
         os.close(self._wake)
         os.close(self._wake_end)
@@ -555,7 +551,7 @@ def ask_for_upgrade(control: str, settings: Settings | None, *, timeout: float) 
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
         to.settimeout(timeout)
         try:
-            with _address(control_path(control)) as address:
+            with _address(registry.broker_socket(control)) as address:
                 to.connect(address)
             to.sendall(json.dumps(request).encode() + b"\n")
             answer = json.loads(_line(to, timeout))
@@ -566,4 +562,4 @@ def ask_for_upgrade(control: str, settings: Settings | None, *, timeout: float) 
     return int(answer["pid"])
 
 
-__all__ = ["Broker", "Handover", "ask_for_upgrade", "control_path", "serve"]
+__all__ = ["Broker", "Handover", "ask_for_upgrade", "serve"]

@@ -90,6 +90,18 @@ def unregister(runtime: str, registration: Registration) -> None:
         os.unlink(_file(registration))
 
 
+def broker_socket(socket: str) -> str:
+    """Where the broker listens that keeps the mount of the worker whose control socket is `socket`."""
+    return socket.removesuffix(".sock") + ".broker"
+
+
+def clear(socket: str) -> None:
+    """Remove what is left of a worker that is gone, and of its broker: files and sockets. Idempotent."""
+    for left in (socket.removesuffix(".sock") + SUFFIX, socket, broker_socket(socket)):
+        with suppress(OSError):
+            os.unlink(left)
+
+
 def live(runtime: str) -> list[Registration]:
     """All workers that run, the oldest first. What dead ones left is removed."""
     found = []
@@ -103,9 +115,7 @@ def live(runtime: str) -> list[Registration]:
             if registration.born == _born(registration.pid):
                 found.append(registration)
             else:
-                for left in (path, registration.socket):
-                    with suppress(OSError):
-                        os.unlink(left)
+                clear(registration.socket)
     return sorted(found, key=lambda r: (r.started, r.pid))
 
 

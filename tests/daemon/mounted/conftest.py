@@ -60,13 +60,16 @@ class Daemon:
     def directory(self) -> Path:
         return Path(self.settings.mount.directory)
 
-    def start(self) -> "Daemon":
-        """Start the daemon; returns with its one line in `answer` ({} where it ended without one)."""
+    def start(self, *, descriptor: int | None = None) -> "Daemon":
+        """Start the daemon; returns with its one line in `answer` ({} where it ended without one).
+        `descriptor`: of a connection that is there already."""
+        inherited = [] if descriptor is None else [descriptor]
+        words = [word for each in inherited for word in ("--fd", str(each))]
         read, write = os.pipe()
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fuse", "--ready-fd", str(write)],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(write,), cwd="/",
+                [sys.executable, "-P", "-m", "fuse", "--ready-fd", str(write), *words],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(write, *inherited), cwd="/",
             )  # fmt: skip
         os.close(write)
         assert self.process.stdin is not None

@@ -5,33 +5,42 @@ All on the native driver, which has a broker.
 """
 
 import contextlib
+import errno
 import json
 import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from datacache.cluster import registry
 from datacache.config.settings import (
     IO,
     Consistency,
     Fill,
     IndexSettings,
     ReadingSettings,
+    Settings,
+    TierSettings,
 )
-from datacache.model import MiB
-from fuse import mountpoint
+from datacache.errors import MountError
+from datacache.model import Dataset, Medium, MiB, MountPoint
+from fuse import broker, mountpoint
 from fuse.broker import TRIES, YOUNG
 from tests.daemon.mounted import reading_on
 from tests.daemon.mounted.conftest import STOP, Daemon, Start
+from tests.support.faulty_s3 import Before, FaultyS3, Stall
 
 PATIENCE = 60.0
 """Seconds for whatever must come, on a machine that is busy with other things."""
@@ -111,6 +120,14 @@ def kill(one: Daemon) -> int:
     while (new := served_by(one)) == old:
         pass
     return new
+
+
+def nothing_left(one: Daemon) -> bool:
+    """Neither mounted, nor registered, nor a socket of it."""
+    runtime = Path(one.settings.runtime)
+    return mountpoint.is_mounted(str(one.directory)) is None and not (
+        runtime.exists() and list(runtime.iterdir())
+    )
 
 
 # ---- readers ------------------------------------------------------------------------------------
@@ -241,3 +258,354 @@ def test_a_hundred_kills(ranged: Ranged, filled: Path, io: IO, capfd: pytest.Cap
             f"\n{io}: readers wait {stalls[50]:.2f} s after a kill in the median, {stalls[95]:.2f} s after "
             f"95 of 100, {stalls[-1]:.2f} s at most\n"
         )
+
+
+@pytest.mark.parametrize("io", [IO.PASSTHROUGH, IO.SERVED])
+def test_what_was_opened_before_a_kill_keeps_its_version(daemon: Start, bucket: Path, io: IO) -> None:
+    """An open file keeps its version, whichever daemon answers for it: also when the object has another one
+    meanwhile, and when it is gone from the bucket."""
+    old = random.Random(1).randbytes(300_000)
+    for name in ("renewed", "deleted"):
+        (bucket / name).write_bytes(old)
+    one = daemon(io=io, index=EAGER)
+    with (
+        open(one.directory / "renewed", "rb", 0) as renewed,
+        open(one.directory / "deleted", "rb", 0) as gone,
+    ):
+        assert renewed.read(10) == gone.read(10) == old[:10]
+        for name in ("renewed", "deleted"):
+            one.wait_until_cached(name, len(old))
+        put(bucket / "renewed", b"new")
+        (bucket / "deleted").unlink()
+        assert (one.directory / "renewed").read_bytes() == b"new"
+        assert not (one.directory / "deleted").exists()
+        for _ in range(2):
+            kill(one)
+            for file in (renewed, gone):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                assert os.pread(file.fileno(), len(old), 0) == old
+                assert os.fstat(file.fileno()).st_size == len(old)
+            assert (one.directory / "renewed").read_bytes() == b"new"
+
+
+def test_a_read_that_waits_for_the_store_is_answered_by_the_next_daemon(
+    daemon: Start, tmp_path: Path
+) -> None:
+    """kill -9 in the middle of a read: the kernel sends it again, the reader gets its bytes."""
+    data = random.Random(2).randbytes(6 * MiB)
+    with FaultyS3({"slow": data}) as store:
+        one = daemon(start=False)
+        point = MountPoint("s3://bucket", options={"endpoint": store.endpoint, "style": "path"})
+        keys = {"AWS_ACCESS_KEY_ID": "AKIAEXAMPLE", "AWS_SECRET_ACCESS_KEY": "example"}
+        one.settings = replace(
+            one.settings,
+            dataset=Dataset("test", (point,)),
+            environment=keys | {"AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"},
+        )
+        one.start()
+        assert one.answer.get("ok"), one.answer
+        asked = threading.Event()
+        store.add("get", Before(asked.set), *[Stall()] * 3)
+        with ThreadPoolExecutor(1) as pool, open(one.directory / "slow", "rb", 0) as file:
+            store.add("get", *[Stall()] * 5)
+            reading = pool.submit(os.pread, file.fileno(), 1000, 5 * MiB)
+            assert asked.wait(PATIENCE)
+            with store.lock:
+                store._faults.clear()  # the store has recovered, the daemon that waits for it will not see
+            kill(one)
+            assert reading.result(PATIENCE) == data[5 * MiB : 5 * MiB + 1000]
+        one.stop()
+
+
+# ---- upgrades -----------------------------------------------------------------------------------
+
+
+def upgrade(one: Daemon, settings: Settings | None = None) -> int:
+    """Have another daemon, with `settings` or the same; its pid."""
+    found = one.registered()
+    assert found is not None
+    return broker.ask_for_upgrade(found.socket, settings, timeout=PATIENCE)
+
+
+def test_readers_do_not_notice_an_upgrade(ranged: Ranged, filled: Path) -> None:
+    """With the same settings, and with others: memory, concurrency, a tier more, another TTL."""
+    one = ranged(index=SHORT)
+    before = one.settings
+    other = replace(
+        before,
+        reading=replace(before.reading, memory=64 * MiB, concurrency=4),
+        index=IndexSettings(ttl=5),
+        cache=replace(
+            before.cache,
+            tiers=(*before.cache.tiers, TierSettings(Medium.SSD, f"{one.directory}-second", 64 * MiB)),
+        ),
+    )
+    with Load(one) as load:
+        load.tell("hold")
+        load.go_on(20)
+        for settings in (None, other):
+            (old,) = daemons(one)
+            new = upgrade(one, settings)
+            assert [new] == daemons(one) != [old]
+            assert load.worst() < STOP
+            load.go_on(20)
+        assert len(one.status()["tiers"]) == 2
+        kill(one)
+        assert len(one.status()["tiers"]) == 2, "what follows a dead daemon has the settings of the upgrade"
+        load.go_on(20)
+        load.worst()
+    assert "upgraded" in one.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["io", "allow_other", "driver", "name", "mounts", "snapshot", "state", "runtime"]
+)
+def test_an_upgrade_that_cannot_be_is_refused_and_changes_nothing(
+    daemon: Start, filled: Path, tmp_path: Path, name: str
+) -> None:
+    """What the kernel was told, and what is shown: one line names it, and the daemon stays."""
+    one = daemon()
+    now, dataset = one.settings, one.settings.dataset
+    then = {
+        "io": replace(now, mount=replace(now.mount, io=IO.SERVED)),
+        "allow_other": replace(now, mount=replace(now.mount, allow_other=True)),
+        "driver": replace(now, mount=replace(now.mount, driver="pyfuse3")),
+        "name": replace(now, dataset=replace(dataset, name="other")),
+        "mounts": replace(now, dataset=replace(dataset, mounts=(MountPoint(tmp_path.as_uri()),))),
+        "snapshot": replace(now, index=replace(now.index, snapshot="one")),
+        "state": replace(now, state=str(tmp_path / "state2")),
+        "runtime": replace(now, runtime=str(tmp_path / "runtime2")),
+    }[name]
+    served = daemons(one)
+    with pytest.raises(MountError, match=f"an upgrade cannot change {name}"):
+        upgrade(one, then)
+    assert daemons(one) == served
+    assert (one.directory / "small0").read_bytes() == (filled / "small0").read_bytes()
+
+
+@pytest.mark.parametrize("why", ["cache in use", "no such program"])
+def test_when_the_new_daemon_cannot_start_the_settings_from_before_go_on(
+    daemon: Start, filled: Path, tmp_path: Path, why: str
+) -> None:
+    """The asker is told why; a reader sees nothing, not even of a file that is open."""
+    one = daemon()
+    now = one.settings
+    with contextlib.ExitStack() as meanwhile:
+        if why == "cache in use":
+            other = daemon(directory=tmp_path / "elsewhere", cache=tmp_path / "theirs", start=False)
+            other.settings = replace(other.settings, state=str(tmp_path / "state2"))
+            other.start()
+            assert other.answer.get("ok"), other.answer
+            tier = replace(now.cache.tiers[0], path=str(tmp_path / "theirs"))
+            then, says = replace(now, cache=replace(now.cache, tiers=(tier,))), "in use by process"
+        else:
+            then, says = now, "is no program"
+            meanwhile.enter_context(pytest.MonkeyPatch.context()).setattr(sys, "executable", "/no/python")
+        with open(one.directory / "large", "rb", 0) as file:
+            expected = (filled / "large").read_bytes()
+            assert file.read(100) == expected[:100]
+            with pytest.raises(MountError, match=says):
+                upgrade(one, then)
+            assert file.readall() == expected[100:]
+    served_by(one)
+    found = one.registered()
+    assert found is not None
+    assert found.caches == [tier.path for tier in now.cache.tiers]
+    assert (one.directory / "small0").read_bytes() == (filled / "small0").read_bytes()
+
+
+def test_of_two_upgrades_at_once_one_is_refused_or_both_come_in_turn(daemon: Start, filled: Path) -> None:
+    """And one daemon serves at the end."""
+    one = daemon()
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(upgrade, one) for _ in range(2)]
+        failures = [failure for failure in (each.exception(PATIENCE) for each in asked) if failure]
+    assert len(failures) < 2
+    assert all("another upgrade is under way" in str(failure) for failure in failures)
+    assert len(daemons(one)) == 1
+    assert (one.directory / "small0").read_bytes() == (filled / "small0").read_bytes()
+
+
+# ---- given up -----------------------------------------------------------------------------------
+
+
+def give_up(one: Daemon) -> None:
+    """Kill one daemon after the other until no more are started."""
+    deadline = time.monotonic() + PATIENCE
+    while "given up" not in one.log.read_text():
+        assert time.monotonic() < deadline
+        for pid in daemons(one):
+            with contextlib.suppress(ProcessLookupError), ends(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_daemon_that_keeps_dying_is_given_up_and_an_upgrade_revives_it(daemon: Start, filled: Path) -> None:
+    """What waits then fails with EIO instead of hanging; what is asked later, too; until an upgrade."""
+    one = daemon(io=IO.SERVED)
+    with ThreadPoolExecutor(1) as pool, open(one.directory / "large", "rb", 0) as file:
+        (pid,) = daemons(one)
+        os.kill(pid, signal.SIGSTOP)  # what is asked from now on waits
+        waiting = pool.submit(os.pread, file.fileno(), 1000, 5 * MiB)
+        give_up(one)
+        assert isinstance(failed := waiting.exception(PATIENCE), OSError)
+        assert failed.errno == errno.EIO
+        with pytest.raises(OSError) as refused:
+            os.listdir(one.directory)
+        assert refused.value.errno == errno.EIO
+        assert one.log.read_text().count("starting another") == TRIES - 1
+        found = registry.live(one.settings.runtime)
+        assert found, "an upgrade must find it"
+        upgrade(one)
+        assert os.pread(file.fileno(), 1000, 5 * MiB) == (filled / "large").read_bytes()[5 * MiB :][:1000]
+    assert len(os.listdir(one.directory)) == 11
+    kill(one)
+    assert (one.directory / "small0").read_bytes() == (filled / "small0").read_bytes()
+
+
+def test_a_mount_that_was_given_up_can_be_unmounted(daemon: Start, filled: Path) -> None:
+    """And leaves nothing."""
+    one = daemon()
+    give_up(one)
+    mountpoint.unmount(str(one.directory))
+    assert one.wait() == 0
+    assert nothing_left(one)
+
+
+def test_an_index_that_was_taken_away_is_not_replaced_underneath_the_mount(
+    daemon: Start, filled: Path
+) -> None:
+    """A successor with another index would answer for numbers that mean something else there: it refuses,
+    and says what there is to do."""
+    one = daemon()
+    (one.directory / "small0").read_bytes()
+    index = Path(one.settings.state) / "index.db"
+    index.rename(f"{index}.away")
+    (pid,) = daemons(one)
+    with ends(pid):
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE
+    while "given up" not in one.log.read_text():
+        assert time.monotonic() < deadline
+    with pytest.raises(OSError) as refused:
+        os.listdir(one.directory)
+    assert refused.value.errno == errno.EIO
+    assert "is not what this mount was made with: there is none yet" in one.log.read_text()
+    assert not index.exists()
+    Path(f"{index}.away").rename(index)
+    upgrade(one)
+    assert (one.directory / "small0").read_bytes() == (filled / "small0").read_bytes()
+
+
+def test_a_daemon_that_dies_before_it_served_leaves_nothing(daemon: Start) -> None:
+    """One line, exit code 1, no mount."""
+    one = daemon(start=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        manifest = f"http://127.0.0.1:{silent.getsockname()[1]}/list.jsonl"
+        root = MountPoint(manifest.rpartition("/")[0])
+        one.settings = replace(one.settings, dataset=Dataset("test", (root,), manifest=manifest))
+        with ThreadPoolExecutor(1) as pool:
+            starting = pool.submit(one.start)
+            connection, _ = silent.accept()  # the daemon is there, and waits for the manifest
+            with connection:
+                for pid in daemons(one):
+                    os.kill(pid, signal.SIGKILL)
+                starting.result(PATIENCE)
+    assert one.wait() == 1
+    assert "SIGKILL" in one.answer["error"]
+    assert nothing_left(one)
+
+
+# ---- ends ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["umount", "SIGTERM"])
+def test_a_daemon_whose_broker_was_killed_goes_on_and_is_found(daemon: Start, filled: Path, how: str) -> None:
+    """The mount then ends with it: unmounted, or told to end; and nothing is left."""
+    one = daemon()
+    (pid,) = daemons(one)
+    one.signal(signal.SIGKILL)
+    one.wait()
+    deadline = time.monotonic() + PATIENCE
+    while (found := one.registered()) is None or found.pid != pid:
+        assert time.monotonic() < deadline
+    assert (one.directory / "large").read_bytes() == (filled / "large").read_bytes()
+    with ends(pid):
+        if how == "umount":
+            mountpoint.unmount(str(one.directory))
+        else:
+            os.kill(pid, signal.SIGTERM)
+    assert nothing_left(one)
+
+
+def test_a_daemon_that_hangs_is_ended_with_its_mount(daemon: Start, filled: Path) -> None:
+    """Stopped in the middle: by force what waits fails, and the broker kills it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can unmount by force")
+    one = daemon(io=IO.SERVED)
+    (pid,) = daemons(one)
+    file = os.open(one.directory / "large", os.O_RDONLY)
+    with ThreadPoolExecutor(1) as pool:
+        os.kill(pid, signal.SIGSTOP)
+        waiting = pool.submit(os.pread, file, 1000, 5 * MiB)
+        with ends(pid):
+            mountpoint.unmount(str(one.directory), force=True, lazy=True)
+        assert isinstance(waiting.exception(PATIENCE), OSError)
+    with contextlib.suppress(OSError):  # it says ENOTCONN too, and closes
+        os.close(file)
+    assert one.wait() == 0
+    assert nothing_left(one)
+
+
+def test_the_space_of_what_is_evicted_comes_back_after_a_kill(
+    daemon: Start, filled: Path, tmp_path: Path
+) -> None:
+    """The kernel's hold on cached files that a dead daemon registered is taken back by the next one."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a tmpfs, and pass through")
+    tier = tmp_path / "tmpfs"
+    tier.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tier), "-o", "size=200m"], check=True)
+
+    def used() -> int:
+        found = os.statvfs(tier)
+        return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+    try:
+        one = daemon(cache=tier / "cache")
+        (one.directory / "large").read_bytes()
+        one.wait_until_cached("large", 9 * MiB + 17)
+        with open(one.directory / "large", "rb", 0) as file:
+            assert one.status()["mount_files"]["open_passthrough"] == 1
+            kill(one)
+            assert file.read(10) == (filled / "large").read_bytes()[:10]
+            assert used() > 9 * MiB
+            one.control().evict("/large")
+        one.requests()  # the close has arrived
+        deadline = time.monotonic() + PATIENCE
+        while used() > 2 * MiB:
+            assert time.monotonic() < deadline, f"{used()} bytes are still used"
+        assert sum(each["used"] for each in one.status()["tiers"]) < 2 * MiB
+        one.stop()
+    finally:
+        subprocess.run(["umount", "-l", str(tier)], check=True)
+
+
+def test_a_connection_that_somebody_else_mounted_is_served(daemon: Start, filled: Path) -> None:
+    """As a CSI driver does it: the broker neither mounts nor unmounts, whatever happens to it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount by itself")
+    one = daemon(start=False)
+    theirs = mountpoint.mount(str(one.directory), source="theirs", allow_other=False)
+    try:
+        one.start(descriptor=theirs)
+        assert one.answer.get("ok"), one.log.read_text()
+        assert (one.directory / "large").read_bytes() == (filled / "large").read_bytes()
+        kill(one)
+        assert (one.directory / "small0").read_bytes() == (filled / "small0").read_bytes()
+        one.signal(signal.SIGTERM)
+        assert one.wait() == 0
+        assert mountpoint.is_mounted(str(one.directory)) is not None
+    finally:
+        os.close(theirs)
+        mountpoint.unmount(str(one.directory), lazy=True)
+    assert nothing_left(one)
