@@ -176,6 +176,13 @@ class Session:
                 log.warning("no more than %d threads can be had: %s", self._threads, error)
 
     def _run(self) -> None:
+        try:
+            self._take_requests()
+        finally:
+            with self._lock:
+                self._threads -= 1
+
+    def _take_requests(self) -> None:
         buffer = bytearray(REQUEST)
         view, room = memoryview(buffer), [buffer]
         descriptor, readv, lock = self._descriptor, os.readv, self._lock
@@ -204,7 +211,6 @@ class Session:
             self._write(request, self._answer(request))
             with lock:
                 if self._idle >= self._most_idle:
-                    self._threads -= 1
                     return
                 self._idle += 1
 

@@ -50,6 +50,7 @@ from fuse.protocol import (
 )
 from fuse.session import Session
 from tests.conftest import AnnouncedLogs
+from tests.support.reading import until
 
 PATIENCE = 20.0
 """Seconds for what happens at once on an idle machine."""
@@ -159,6 +160,7 @@ class Kernel:
     def close(self) -> None:
         self.end.close()
         assert self.session.wait(PATIENCE)
+        until(lambda: not self.session.threads())
 
 
 Maker = Callable[..., Kernel]
@@ -202,9 +204,6 @@ def make(tmp_path: Path, clock: VirtualClock) -> Iterator[Maker]:
         made.extend([catalogue.close, reader.close, files.close, ours.close, kernel.close])
         if start:
             session.start()
-        else:
-            made.pop()
-            made.append(theirs.close)
         return kernel
 
     yield make
@@ -479,8 +478,7 @@ def test_threads_come_when_calls_block_and_go_when_they_have_nothing_to_do(make:
     it.files.gate.set()
     for unique in asked:
         assert it.answer(unique).error == 0
-    while it.session.threads() > 2:  # the last ones are about to end
-        threading.Event().wait(0.001)
+    until(lambda: it.session.threads() == 2)
     assert repr(it.session).startswith("<Session 2 threads")
     it.data(Opcode.STATFS, EmptyIn())
 
@@ -519,9 +517,7 @@ def test_what_fails_after_the_end_is_left_to_the_successor(make: Maker) -> None:
     for _ in range(it.session.threads()):
         with suppress(OSError):
             it.send(Opcode.STATFS, EmptyIn())
-    for thread in threading.enumerate():
-        if thread.name.startswith("fuse"):
-            thread.join(PATIENCE)
+    until(lambda: not it.session.threads())
     assert it.quiet()
 
 
