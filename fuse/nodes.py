@@ -28,9 +28,11 @@ from typing import NamedTuple
 from datacache.index.database import INO_BITS
 from datacache.model import Entry, Kind
 
-GENERATION_BITS, LIFE_BITS, TURN_BITS = 12, 6, 5
+GENERATION_BITS, LIFE_BITS, TURN_BITS = 12, 8, 4
 """How often each can change before a number comes again: versions of a path, restarts of a daemon, modes in
-which one version is open at once. With INO_BITS 63: some programs take `st_ino` for signed."""
+which one version is open at once. A file that is held open over 256 restarts can meet its own number again,
+and opening it anew is EIO. With INO_BITS 64, all that a node has; where there is but one number for a node
+and `st_ino` (pyfuse3), life and turn are 0: some programs take `st_ino` for signed."""
 
 _INO, _GENERATION, _LIFE = (1 << INO_BITS) - 1, (1 << GENERATION_BITS) - 1, (1 << LIFE_BITS) - 1
 _TURNS = 1 << TURN_BITS

@@ -602,7 +602,7 @@ def open_live(
 
 
 INO_BITS = 40
-"""Bits of every `ino`: a FUSE node's number has 63, and has to say the version, too."""
+"""Bits of every `ino`: a FUSE node's number has 64, and has to say the version, too."""
 _LIFE = 33
 """Bits of the `ino`s of one catalogue: 8 billion paths, in 128 catalogues before a number comes again."""
 

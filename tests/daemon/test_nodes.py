@@ -29,11 +29,13 @@ def entry(ino: int, generation: int, kind: Kind = Kind.FILE) -> Entry:
     st.integers(0, 2**TURN_BITS - 1),
 )
 def test_a_number_says_what_it_was_made_of(ino: int, generation: int, life: int, turn: int) -> None:
-    """... and fits a signed integer, as which some programs read st_ino."""
+    """... and fits FUSE's 64 bits; without life and turn, where it is st_ino too, a signed integer, as which
+    some programs read that."""
     name = Name(ino, generation, life, turn)
     assert nodes.read(name.number) == name
     assert nodes.path(name.number) == ino
-    assert 0 < name.number < 2**63
+    assert 0 < name.number < 2**64
+    assert name._replace(life=0, turn=0).number < 2**63
 
 
 def test_the_first_version_of_a_path_has_the_paths_number() -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ class Daemon:
     """The directory that is the store."""
     settings: Settings
     log: Path
+    via: Sequence[str] = ()
+    """What starts it, where that is not we: `setpriv` and its arguments."""
+    python: str = sys.executable
     process: subprocess.Popen[bytes] | None = None
     answer: dict[str, Any] = field(default_factory=dict)
 
@@ -68,7 +71,7 @@ class Daemon:
         read, write = os.pipe()
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fuse", "--ready-fd", str(write), *words],
+                [*self.via, self.python, "-P", "-m", "fuse", "--ready-fd", str(write), *words],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(write, *inherited), cwd="/",
             )  # fmt: skip
         os.close(write)

@@ -10,10 +10,14 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,9 +31,11 @@ import pytest
 from datacache.cluster import registry
 from datacache.config.settings import (
     IO,
+    CacheSettings,
     Consistency,
     Fill,
     IndexSettings,
+    MountSettings,
     ReadingSettings,
     Settings,
     TierSettings,
@@ -63,6 +69,11 @@ def driver() -> str:
 @pytest.fixture
 def filled(bucket: Path) -> Path:
     """A bucket of small files, a large one, one too large to become whole, and a directory of many."""
+    fill(bucket)
+    return bucket
+
+
+def fill(bucket: Path) -> None:
     rng = random.Random(5)
     for number in range(8):
         (bucket / f"small{number}").write_bytes(rng.randbytes(200_000 + number))
@@ -74,7 +85,6 @@ def filled(bucket: Path) -> Path:
     (bucket / "many").mkdir()
     for number in range(3000):
         (bucket / "many" / f"{number:05}").write_bytes(b"%d" % number)
-    return bucket
 
 
 def put(path: Path, data: bytes) -> None:
@@ -139,7 +149,10 @@ class Load:
     def __init__(self, one: Daemon, *, readers: int = 3) -> None:
         self._readers = [
             subprocess.Popen(
-                [sys.executable, "-m", reading_on.__name__, str(one.directory), str(one.bucket), str(seed)],
+                [
+                    *one.via, one.python, "-m", reading_on.__name__,
+                    str(one.directory), str(one.bucket), str(seed),
+                ],
                 cwd=Path(__file__).parents[3], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )
             for seed in range(readers)
@@ -609,3 +622,80 @@ def test_a_connection_that_somebody_else_mounted_is_served(daemon: Start, filled
         os.close(theirs)
         mountpoint.unmount(str(one.directory), lazy=True)
     assert nothing_left(one)
+
+
+NOBODY = 65534
+
+
+def python_for(via: Sequence[str]) -> str:
+    """An interpreter like ours that a user may start who is reached `via` these words."""
+    # One that starts itself: setpriv may start what its user may not.
+    program = "import subprocess, sys, xxhash; subprocess.run([sys.executable, '-c', ''], check=True)"
+    ours = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for python in filter(None, (sys.executable, shutil.which(ours, path="/usr/local/bin:/usr/bin"))):
+        if subprocess.run([*via, python, "-c", program], cwd="/", capture_output=True).returncode == 0:
+            return python
+    pytest.skip(f"no {ours} that another user may start")
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Iterator[Daemon]:
+    """A mount that an ordinary user makes, on directories of its own."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("becomes another user by setpriv, as root")
+    paths = os.pathsep.join([str(Path(__file__).parents[3]), sysconfig.get_path("purelib")])
+    via = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    via += ["env", f"PYTHONPATH={paths}"]
+    python = python_for(via)
+    with tempfile.TemporaryDirectory(prefix="datacache-user-") as made, contextlib.ExitStack() as undone:
+        home = Path(made)
+        if os.stat("/dev/fuse").st_mode & 0o006 != 0o006:
+            # Distributions open it to all. Where it is not, the user gets one in a name space of its own,
+            # of which we see what is mounted in `home`.
+            device = home / "fuse"
+            os.mknod(device, stat.S_IFCHR | 0o666, os.stat("/dev/fuse").st_rdev)
+            device.chmod(0o666)
+            home = home / "home"
+            home.mkdir()
+            for words in (["--bind", home, home], ["--make-shared", home]):
+                subprocess.run(["mount", *map(str, words)], check=True)
+            undone.callback(subprocess.run, ["umount", "-l", str(home)], check=True)
+            shown = f'mount --make-private /dev; mount --bind {device} /dev/fuse; exec "$@"'
+            via = ["unshare", "--mount", "--propagation=unchanged", "sh", "-ec", shown, "sh", *via]
+        for name in ("bucket", "mnt"):
+            (home / name).mkdir()
+        fill(home / "bucket")
+        for path in (Path(made), home, home / "mnt"):
+            os.chown(path, NOBODY, NOBODY)
+        settings = Settings(
+            dataset=Dataset("test", (MountPoint((home / "bucket").as_uri()),)),
+            state=str(home / "state"),
+            runtime=str(home / "runtime"),
+            cache=CacheSettings(tiers=(TierSettings(Medium.SSD, str(home / "cache"), 256 * MiB),)),
+            reading=RANGES,
+            index=SHORT,
+            mount=MountSettings(directory=str(home / "mnt"), driver="native", io=IO.PASSTHROUGH),
+        )
+        one = Daemon(home / "bucket", settings, log=tmp_path / "daemon.log", via=via, python=python)
+        yield one
+        one.stop()
+        log = one.log.read_text()
+    assert "Traceback" not in log, log
+
+
+def test_an_ordinary_user_mounts_by_fusermount3_and_kills_are_not_noticed(users: Daemon, driver: str) -> None:
+    """Reads are served; one line of the log says why they are not passed through."""
+    users.start()
+    assert users.answer.get("ok"), f"{users.answer}\n{users.log.read_text()}"
+    with Load(users) as load:
+        load.tell("hold")
+        for _ in range(2):
+            load.go_on(30)
+            kill(users)
+            load.tell("hold", (0,))
+            load.go_on(30)
+        load.worst()
+    assert users.log.read_text().count("it needs CAP_SYS_ADMIN") == 3, "one line of each daemon"
+    users.signal(signal.SIGTERM)
+    assert users.wait() == 0
+    assert nothing_left(users)
