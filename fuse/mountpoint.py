@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from datacache.errors import MountError, SettingError
@@ -115,6 +115,12 @@ def is_stale(directory: str) -> bool:
     """
     mount = is_mounted(directory)
     return mount is not None and _statfs_outside(mount.directory) in (errno.ENOTCONN, errno.ECONNABORTED)
+
+
+def left_behind(served: Collection[str]) -> list[MountInfo]:
+    """Stale mounts of ours; those at the directories `served` are known not to be, and are not asked."""
+    ours = [mount for mount in _mounts().values() if mount.fstype == FSTYPE]
+    return [mount for mount in ours if mount.directory not in served and is_stale(mount.directory)]
 
 
 def _statfs_outside(directory: str) -> int | None:

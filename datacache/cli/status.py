@@ -6,8 +6,9 @@ is a line, not the end: the others are shown.
 """
 
 import argparse
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from datacache.cli import flags, targets
@@ -18,6 +19,7 @@ from datacache.model import format_size, parse_duration
 
 if TYPE_CHECKING:
     from datacache.cluster.registry import Registration
+    from fuse.mountpoint import MountInfo
 
 ANSWER_TIMEOUT = 10.0
 """Seconds for a worker to say how it is. It asks no store for that."""
@@ -31,7 +33,7 @@ examples:
   datacache status /mnt/train --watch
   datacache status --json | jq '.mounts[].dataset'
 
-exit codes: 0 they answer; 1 one does not, or there is no such mount.
+exit codes: 0 they answer; 1 one does not, is stale, or is not there.
 """
 
 
@@ -63,8 +65,13 @@ def run(args: argparse.Namespace, *, clock: Clock | None = None) -> int:
 
 
 def _once(target: str | None, *, json: bool, clear: bool) -> int:
-    workers = [targets.place(target).worker] if target else targets.live()
-    found = [_ask(worker) for worker in workers]
+    if target is None:
+        workers = targets.live()
+        found = [_ask(worker) for worker in workers] + _left_behind({worker.mount for worker in workers})
+    elif (place := targets.find(target)) is None and (stale := _left_at(target)) is not None:
+        found = [stale]
+    else:
+        found = [_ask((place or targets.place(target)).worker)]
     if json:
         print(as_json(found[0] if target else {"mounts": found}))
     else:
@@ -82,8 +89,32 @@ def _ask(worker: "Registration") -> dict[str, Any]:
         return known | {"error": str(error)}
 
 
+def _left_behind(served: Collection[str]) -> list[dict[str, Any]]:
+    """Mounts whose daemon is gone, so that no worker speaks for them."""
+    from fuse import mountpoint
+
+    return [_stale(mount) for mount in mountpoint.left_behind(served)]
+
+
+def _left_at(target: str) -> dict[str, Any] | None:
+    from fuse import mountpoint
+
+    mount = mountpoint.is_mounted(target)
+    return _stale(mount) if mount is not None and mountpoint.is_stale(target) else None
+
+
+def _stale(mount: "MountInfo") -> dict[str, Any]:
+    error = (
+        f"stale: the process that served it is gone; `datacache umount {shlex.quote(mount.directory)}` "
+        "takes it off, and so does the next `datacache mount` there"
+    )
+    return {"dataset": mount.source, "mount": mount.directory, "pid": 0, "stale": True, "error": error}
+
+
 def describe(status: Mapping[str, Any]) -> list[str]:
     """One mount's status as lines: what it is, its tiers, then every other group of figures."""
+    if status.get("stale"):
+        return [f"{status['dataset']} at {status['mount']}", f"  {status['error']}"]
     lines = [f"{status['dataset']} at {status['mount'] or '(no mount)'}, process {status['pid']}"]
     if "error" in status:
         return [*lines, f"  does not answer: {status['error']}"]
