@@ -184,7 +184,10 @@ class LiveIndex:
             if directory.kind is not Kind.DIRECTORY:
                 raise NotADirectory(f"{self.path(parent)} is a file")
             self._renew(directory, None)
-        return self._database.children(parent, after, limit)
+        edition = self._directory(parent).edition
+        found = self._database.children(parent, after, limit)
+        self._remembered.keep_listed(edition, found)
+        return found
 
     def fresh_for(self, parent: int) -> float:
         began = self._directory(parent).began

@@ -8,6 +8,7 @@ are values too. About 1 KiB an entry (measured; two thirds are the entry itself)
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from datacache.model import Entry
@@ -55,12 +56,22 @@ class Remembered:
     def keep(self, parent: int, name: bytes, known: Known) -> None:
         """Remember `known` in place of what was remembered of that name."""
         with self._lock:
-            self._drop(self._names.pop((parent, name), None))
-            self._names[parent, name] = known
-            if known.entry is not None:
-                self._inos[known.entry.ino] = known
-            if len(self._names) > self._limit:
-                self._drop(self._names.popitem(last=False)[1])
+            self._keep(parent, name, known)
+
+    def keep_listed(self, edition: int, entries: Iterable[Entry]) -> None:
+        """Remember what was listed: what a program lists it opens next, and to remember an entry now takes a
+        microsecond, where to ask the database for it then takes 40."""
+        with self._lock:
+            for entry in entries:
+                self._keep(entry.parent, entry.name, Known(edition, entry))
+
+    def _keep(self, parent: int, name: bytes, known: Known) -> None:
+        self._drop(self._names.pop((parent, name), None))
+        self._names[parent, name] = known
+        if known.entry is not None:
+            self._inos[known.entry.ino] = known
+        if len(self._names) > self._limit:
+            self._drop(self._names.popitem(last=False)[1])
 
     def _drop(self, known: Known | None) -> None:
         """Forget what is no longer under its name under its inode too."""

@@ -117,6 +117,7 @@ class SnapshotIndex:
         found = self._database.children(parent, after, limit)
         if not found and self.entry(parent).kind is not Kind.DIRECTORY:
             raise NotADirectory(f"{self.path(parent)} is a file")
+        self._remembered.keep_listed(0, found)
         return found
 
     def fresh_for(self, parent: int) -> float:

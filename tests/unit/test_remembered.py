@@ -32,3 +32,12 @@ def test_a_name_that_means_something_else_now() -> None:
     assert held.ino(3) is None
     assert held.name(1, b"a") == Known(3, None)
     assert held.name(2, b"a") is None
+
+
+def test_what_was_listed_is_remembered_within_the_limit() -> None:
+    """Under both ways in; the end of a listing that is too long stays."""
+    held = Remembered(2)
+    listed = [entry(ino, b"%d" % ino) for ino in (2, 3, 4)]
+    held.keep_listed(7, listed)
+    assert held.ino(2) is None and held.name(1, b"2") is None
+    assert [held.ino(3), held.name(1, b"4")] == [Known(7, listed[1]), Known(7, listed[2])]
