@@ -121,6 +121,7 @@ class Opener(Protocol):
 
     def open(self, entry: Entry) -> OpenFile: ...
     def lend(self, entry: Entry) -> Lent | None: ...
+    def read_whole(self, entry: Entry) -> Buffer | None: ...
     def fetch(self, entry: Entry) -> int: ...
     def cache_key(self, entry: Entry) -> CacheKey: ...
 
@@ -247,6 +248,10 @@ class _Recovered:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def has(self, node: int) -> bool:
+        """Whether `use` would find it open."""
+        return node in self._files
 
     @contextmanager
     def use(self, node: int, entry: Callable[[int], Entry]) -> Iterator[_File]:
@@ -459,6 +464,12 @@ class FileSystem:
                 return known.ready(self._reader).read(offset, size)
             if not node:
                 raise Refused(errno.EBADF)
+            if not offset and not self._recovered.has(node):
+                # A small file, of which this is the only READ of an epoch: opening it and keeping it open
+                # would cost more than all the rest.
+                entry = self._entry(node)
+                if size >= entry.size and (data := self._reader.read_whole(entry)) is not None:
+                    return data
             with self._recovered.use(node, self._entry) as file:
                 return file.ready(self._reader).read(offset, size)
         except NotFound as gone:

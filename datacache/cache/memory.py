@@ -115,6 +115,14 @@ class MemoryTier:
             copy.last_open = self._wall()
         return _MemoryLent(self, copy, handle)
 
+    def read_whole(self, key: CacheKey) -> Buffer | None:
+        with self._lock:
+            copy = self._copies.get(key)
+            if copy is None or self.broken or copy.spoiled.length or not 0 < key.size == copy.length:
+                return None
+            copy.last_open = self._wall()
+            return copy.read(ByteRange(0, key.size))
+
     def present(self, key: CacheKey) -> int:
         return sum(span.length for span in self.ranges(key))
 

@@ -87,6 +87,13 @@ class TieredCache:
                 return lent
         return None
 
+    def read_whole(self, key: CacheKey) -> Buffer | None:
+        for tier in self.tiers:
+            data = tier.read_whole(key)
+            if data is not None:
+                return data
+        return None
+
     def present(self, key: CacheKey) -> int:
         return Coverage(span for tier in self.tiers for span in tier.ranges(key)).length
 

@@ -205,6 +205,22 @@ class TierContract:
         tier.evict(a)
         assert used(tier) == 0
 
+    def test_a_whole_entry_can_be_read_in_one_go(self, tier: Tier) -> None:
+        """The bytes of the object, or None: not there, not whole, empty. The asking leaves no trace, and
+        nothing in use."""
+        a, nothing = key("a"), key("nothing", 0)
+        assert tier.read_whole(a) is None and tier.read_whole(nothing) is None
+        assert list(tier.entries()) == []
+        file = tier.open(a)
+        file.fill(0, content(a)[:-1])
+        file.close()
+        assert tier.read_whole(a) is None
+        put(tier, a)
+        data = tier.read_whole(a)
+        assert data is not None and bytes(data) == content(a)
+        assert tier.evict(a) == a.size and used(tier) == 0
+        assert tier.read_whole(a) is None
+
     def test_only_a_whole_entry_is_lent(self, tier: Tier) -> None:
         """What is not there, not whole, or empty is not lent, and the asking leaves no trace."""
         a, nothing = key("a"), key("nothing", 0)

@@ -1115,6 +1115,36 @@ def test_what_is_in_doubt_is_not_lent(start: Open) -> None:
     file.close()
 
 
+def test_what_is_in_doubt_is_not_read_in_one_go(start: Open) -> None:
+    """Nothing would hold it against its checksum; afterwards it is, as what was filled since the boot."""
+    tier = start(boot="one")
+    a = key("a", 2 * BLOCK)
+    put(tier, a)
+    assert tier.read_whole(a) == content(a)
+    tier.abandon()
+    tier = start(boot="two")
+    assert tier.read_whole(a) is None
+    file = tier.open(a)
+    file.read(whole(a))
+    assert tier.read_whole(a) is None  # it is open: that open knows better
+    file.close()
+    store = tier.store
+    assert store is not None
+    store.flush()
+    assert tier.read_whole(a) == content(a)
+
+
+def test_what_was_cut_short_is_not_read_in_one_go(start: Open, place: Path) -> None:
+    """A short read is never an answer; what is missing is found missing by the read that follows."""
+    tier = start()
+    a = key("a", BLOCK)
+    put(tier, a)
+    os.truncate(files(place)[0], BLOCK - 1)
+    assert tier.read_whole(a) is None
+    os.unlink(files(place)[0])
+    assert tier.read_whole(a) is None
+
+
 @pytest.mark.parametrize("size", [BLOCK - 1, BLOCK + 1])
 def test_a_file_of_another_size_than_its_object_is_not_lent(start: Open, place: Path, size: int) -> None:
     """Somebody was at it: a mapping would be killed past its end, or the kernel read too much."""

@@ -141,6 +141,21 @@ def test_what_is_whole_is_lent_and_counts_as_an_open() -> None:
         assert (made.stats().opens, made.stats().opens_whole) == (1, 1)
 
 
+def test_what_is_whole_is_read_in_one_go_and_counts_as_an_open() -> None:
+    """All of it, or nothing: what is not whole, or is open, is for `open`."""
+    source, entry = source_of()
+    with reader(source) as made:
+        assert made.read_whole(entry) is None
+        made.fetch(entry)
+        before = made.stats()
+        assert bytes(made.read_whole(entry) or b"") == DATA
+        stats = made.stats()
+        assert (stats.opens, stats.opens_whole) == (before.opens + 1, before.opens_whole + 1)
+        assert stats.bytes_from_cache == before.bytes_from_cache + len(DATA)
+        with opened(made, entry):
+            assert made.read_whole(entry) is None
+
+
 def test_a_loan_moves_an_announced_order_on() -> None:
     """Files that the kernel reads by itself are part of the order as others are."""
     source, index, _ = small_files(30)
