@@ -361,6 +361,11 @@ class FileSystem:
         self._directories[handle] = _Directory(nodes.path(node))
         return handle
 
+    def lasts(self, node: int) -> bool:
+        """Whether the listing of a directory never changes, so that the kernel may keep it: it would keep it
+        beyond any TTL, for it asks for no directory anew that it has."""
+        return self._index.fresh_for(nodes.path(node)) >= FOREVER
+
     def readdir(self, handle: int, offset: int, node: int = 0) -> Iterator[Listed]:
         """Entries after `offset`, at least one unless the directory ends there."""
         directory = self._directory(handle, node)

@@ -294,10 +294,12 @@ class Session:
         return protocol.reply(header.unique)
 
     def _opendir(self, header: Header, body: protocol.OpenIn) -> Answer:
-        if self._agreement.stateless and self._agreement.cached_directories:
+        lasts = self.files.lasts(header.node)
+        if lasts and self._agreement.stateless and self._agreement.cached_directories:
             return protocol.error(header.unique, errno.ENOSYS)
         handle = self.files.opendir(header.node)
-        return protocol.reply(header.unique, protocol.encode_open_out(handle, self._directory_flags))
+        flags = self._directory_flags if lasts else 0
+        return protocol.reply(header.unique, protocol.encode_open_out(handle, flags))
 
     def _readdir(self, header: Header, body: protocol.ReadIn) -> Answer:
         into = bytearray()

@@ -353,7 +353,7 @@ def test_a_directory_in_pages_of_any_size_gives_every_name_once(
     """... with what a lookup says of it, and `offset` is where to go on, whenever and from whomever."""
     it = make(objects=MANY)
     opened = protocol.decode_open_out(it.data(Opcode.OPENDIR, OpenIn(0, 0)))
-    assert opened.flags == OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR
+    assert opened.flags == 0, "it may change, and the kernel would keep it beyond its TTL"
     names, offset = [], 0
     while page := it.data(opcode, ReadIn(opened.fh, offset, size, 0, 0, 0)):
         assert len(page) <= size
@@ -373,22 +373,35 @@ def test_a_directory_in_pages_of_any_size_gives_every_name_once(
     assert it.files.stats()["open_directories"] == 0
 
 
+def test_a_listing_that_never_changes_is_kept(make: Maker) -> None:
+    """Once it was made: before that nothing is known."""
+    it = make(index=IndexSettings(consistency=Consistency.IMMUTABLE))
+    assert protocol.decode_open_out(it.data(Opcode.OPENDIR, OpenIn(0, 0))).flags == 0
+    it.lookup("a")
+    kept = protocol.decode_open_out(it.data(Opcode.OPENDIR, OpenIn(0, 0))).flags
+    assert kept == OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR
+
+
 def test_a_listing_is_not_kept_where_the_kernel_would_lose_entries_of_it(make: Maker) -> None:
     """Linux 6.9 to 6.12."""
-    it = make(agreement=Agreement(protocol.MINOR, 0, False, False, False))
+    immutable = IndexSettings(consistency=Consistency.IMMUTABLE)
+    it = make(agreement=Agreement(protocol.MINOR, 0, False, False, False), index=immutable)
+    it.lookup("a")
     assert protocol.decode_open_out(it.data(Opcode.OPENDIR, OpenIn(0, 0))).flags == 0
 
 
 def test_stateless_opens_are_answered_enosys_and_reads_go_by_the_node(make: Maker) -> None:
     """Then the kernel opens files without asking. Directories too, unless their listing may not be kept."""
-    it = make(agreement=Agreement(protocol.MINOR, 0, False, True, True))
+    immutable = IndexSettings(consistency=Consistency.IMMUTABLE)
+    it = make(agreement=Agreement(protocol.MINOR, 0, False, True, True), index=immutable)
     node = it.lookup("d/b").node
     assert it.ask(Opcode.OPEN, OpenIn(0, 0), node=node).error == errno.ENOSYS
     assert it.ask(Opcode.OPENDIR, OpenIn(0, 0)).error == errno.ENOSYS
     assert it.data(Opcode.READ, ReadIn(0, 5, 10, 0, 0, 0), node=node) == OBJECTS["d/b"][5:15]
     listed = protocol.decode_direntplus(it.data(Opcode.READDIRPLUS, ReadIn(0, 0, 4096, 0, 0, 0)))
     assert [entry.dirent.name for entry in listed] == [b"a", b"d", b"z"]
-    old = make(agreement=Agreement(protocol.MINOR, 0, False, True, False))
+    old = make(agreement=Agreement(protocol.MINOR, 0, False, True, False), index=immutable)
+    old.lookup("a")
     assert protocol.decode_open_out(old.data(Opcode.OPENDIR, OpenIn(0, 0))).fh
 
 

@@ -163,6 +163,17 @@ def test_names_come_and_go_with_the_store(daemon: Start, bucket: Path) -> None:
     assert os.listdir(mounted.directory) == []
 
 
+@pytest.mark.parametrize("io", [IO.PASSTHROUGH, IO.PAGECACHE])
+def test_a_listing_is_at_most_ttl_old(daemon: Start, bucket: Path, io: IO) -> None:
+    """Also one that the kernel has read to its end: only what never changes is kept there."""
+    mounted = daemon(index=EAGER, io=io)
+    seen = []
+    for name in ("a", "b", "c"):
+        put(bucket / name, b"x")
+        seen.append(sorted(os.listdir(mounted.directory)))
+    assert seen == [["a"], ["a", "b"], ["a", "b", "c"]]
+
+
 NAMES = [
     b"with blank", b"new\nline", b"quote'\"", b"back\\slash", b"-dash", b"*?[]", b"\xff\xfe not utf-8",
     "grün".encode(), "gru\u0308n".encode(), b"n" * 255, b"%2F", b"~", b".hidden",
