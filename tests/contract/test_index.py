@@ -62,6 +62,7 @@ class Opened:
         paths: Sequence[str] = ("/",),
         *,
         resumed: bool = False,
+        identity: str = "",
         **settings: object,
     ) -> LiveIndex:
         index = open_index(
@@ -71,6 +72,7 @@ class Opened:
             state=self.state,
             clock=self.clock,
             resumed=resumed,
+            identity=identity,
         )
         assert isinstance(index, LiveIndex)
         self._indexes.append(index)
@@ -758,6 +760,24 @@ def test_a_bucket_is_never_shown_under_another_name(opened: Opened) -> None:
     assert paths(opened.live([b])) == ["/y"]
     opened.close()
     assert paths(opened.live([b], paths=["/at"])) == ["/at/y"]
+
+
+def test_the_index_of_a_mount_that_goes_on_is_not_replaced_underneath_it(opened: Opened) -> None:
+    """Its numbers are in use: of another store, damaged or gone, it is refused, and stays as it is. An
+    upgrade to another endpoint would otherwise destroy the index of the mount that it leaves as it was."""
+    a, b = MemorySource("memory://a", {"x": b"1"}), MemorySource("memory://b", {"y": b"1"})
+    identity = opened.live([a]).identity
+    opened.close()
+    with pytest.raises(IndexBroken, match="not what this mount was made with: it is of other mounts"):
+        opened.live([b], resumed=True, identity=identity)
+    with pytest.raises(IndexBroken, match="another one than this mount was made with"):
+        opened.live([a], resumed=True, identity="another")
+    assert opened.live([a], resumed=True, identity=identity).identity == identity
+    opened.close()
+    os.unlink(os.path.join(opened.state, "index.db"))
+    with pytest.raises(IndexBroken, match="there is none yet"):
+        opened.live([a], resumed=True, identity=identity)
+    assert not os.path.exists(os.path.join(opened.state, "index.db"))
 
 
 @pytest.mark.parametrize("harm", ["garbage", "format", "cut"])

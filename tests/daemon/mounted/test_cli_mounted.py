@@ -321,3 +321,62 @@ def test_mounted_by_mount8s_helper(shell: Shell) -> None:
     other = f"file://{shell.root}/data/img"
     assert shell.say(other, str(shell.mnt), "-o", option, module=helper)[0] == 32
     assert shell.say(other, str(shell.mnt), "-o", "nonsense", module=helper)[0] == 1
+
+
+def brokered(shell: Shell) -> int:
+    """The daemon of a mount that has a broker."""
+    status = json.loads(shell.do("status", str(shell.mnt), "--json"))
+    if not status["broker"]:
+        pytest.skip("the native driver needs Linux 6.9 or newer")
+    return int(status["pid"])
+
+
+def test_a_mount_is_upgraded(shell: Shell) -> None:
+    """With the settings that it has, or with others; what cannot be changed is named, and nothing happens."""
+    shell.do("mount", shell.data, str(shell.mnt), *shell.tier)
+    first = brokered(shell)
+    with open(shell.mnt / "img/1.jpg", "rb", 0) as file:
+        assert file.read(10) == CONTENTS["img/1.jpg"][:10]
+        said = shell.do("upgrade", str(shell.mnt))
+        second = shell.pid()
+        assert said == f"{shell.mnt}: upgraded; process {second} serves\n"
+        assert first != second
+        assert _ended(first, patience=0)
+        shell.do("upgrade", shell.data, str(shell.mnt), "--cache", f"ssd:{shell.root}/tier=50MiB", "--xattr")
+        assert file.readall() == CONTENTS["img/1.jpg"][10:]
+    assert os.getxattr(shell.mnt / "a.txt", "user.datacache.uri").endswith(b"/data/a.txt")
+    third = shell.pid()
+    code, _, err = shell.say("upgrade", shell.data, str(shell.mnt), *shell.tier, "--io", "served")
+    assert (code, "an upgrade cannot change io" in err, err.count("\n")) == (1, True, 1)
+    code, _, err = shell.say("upgrade", f"{shell.data}/img", str(shell.mnt), *shell.tier)
+    assert (code, "cannot change" in err) == (1, True)
+    code, _, err = shell.say("upgrade", str(shell.root))
+    assert (code, "nothing of datacache is mounted there" in err) == (1, True)
+    assert shell.say("upgrade")[0] == 2
+    assert shell.pid() == third
+    assert shell.do("umount", str(shell.mnt)) == f"{shell.mnt}: unmounted\n"
+    assert os.listdir(shell.root / "run") == []
+
+
+def test_a_mount_whose_daemon_hangs_is_unmounted_by_force(shell: Shell) -> None:
+    """Broker and daemon end, though the daemon answers to nothing."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can unmount by force")
+    shell.do("mount", shell.data, str(shell.mnt), *shell.tier)
+    pid = brokered(shell)
+    os.kill(pid, signal.SIGSTOP)
+    assert shell.do("umount", str(shell.mnt), "--force") == f"{shell.mnt}: unmounted\n"
+    assert _ended(pid)
+    assert mountpoint.is_mounted(str(shell.mnt)) is None
+    assert shell.do("status") == "nothing is mounted\n"
+
+
+def test_a_mount_that_lost_both_its_processes_is_cleaned_away(shell: Shell) -> None:
+    """Stale; umount takes it off, and what they had registered is forgotten."""
+    shell.do("mount", shell.data, str(shell.mnt), *shell.tier)
+    brokered(shell)
+    shell.kill()
+    assert shell.say("umount", str(shell.mnt))[0] == 0
+    assert mountpoint.is_mounted(str(shell.mnt)) is None
+    assert shell.do("status") == "nothing is mounted\n"
+    assert os.listdir(shell.root / "run") == []
