@@ -254,8 +254,17 @@ class Backings:
             self._known[lent.identity] = [number, 1]
             return number
 
+    def again(self, identity: tuple[int, int]) -> int | None:
+        """Another `acquire` of a file that somebody has open; None where nobody has any more."""
+        with self._lock:
+            held = self._known.get(identity)
+            if held is None:
+                return None
+            held[1] += 1
+            return held[0]
+
     def release(self, identity: tuple[int, int]) -> None:
-        """Undo one `acquire`."""
+        """Undo one `acquire` or `again`."""
         with self._lock:
             held = self._known[identity]
             held[1] -= 1

@@ -139,8 +139,11 @@ class Backings(Protocol):
         """The number under which the kernel knows the file, until as many `release`s; None where it
         will not have it."""
 
+    def again(self, identity: tuple[int, int]) -> int | None:
+        """Another `acquire` of a file that somebody has open; None where nobody has any more."""
+
     def release(self, identity: tuple[int, int]) -> None:
-        """Undo one `acquire` of the file with this identity."""
+        """Undo one `acquire` or `again` of the file with this identity."""
 
 
 class Attributes(NamedTuple):
@@ -221,6 +224,8 @@ class _File:
     entry: Entry
     opened: OpenFile | None = None
     lent: Lent | None = None
+    passed: tuple[int, int] | None = None
+    """The cached file that the kernel reads by itself. It was lent to whoever opened the node first."""
     opening: threading.Lock = field(default_factory=threading.Lock)
     """Held while `opened` is set; once set it stays."""
 
@@ -407,14 +412,29 @@ class FileSystem:
         _check_flags(flags)
         entry = self._index.current(nodes.path(node))
         self._check(node, entry)
-        file = _File(node, entry)
-        try:
-            backing = self._passed_through(file)
-            self._nodes.open(node, entry, file.lent.identity if file.lent is not None else None)
-        except BaseException:
+        while True:
+            file = _File(node, entry)
+            try:
+                backing = self._passed_through(file)
+                bound = self._nodes.open(node, entry, file.passed)
+            except BaseException:
+                self._let_go(file)
+                raise
+            if bound == file.passed:
+                return Opened(self._keep(file), backing)
             self._let_go(file)
-            raise
-        return Opened(self._keep(file), backing)
+            joined = self._join(node, entry, bound)
+            if joined is not None:
+                return joined
+            self._nodes.close(node)  # the last of those who had it open has closed it: as if it never was
+
+    def _join(self, node: int, entry: Entry, bound: tuple[int, int] | None) -> Opened | None:
+        """Open `node` as others have it open, be it on a cached file that has been evicted since."""
+        file = _File(node, entry, passed=bound)
+        if bound is None or self._backings is None:
+            return Opened(self._keep(file))
+        backing = self._backings.again(bound)
+        return None if backing is None else Opened(self._keep(file), backing)
 
     def open_nowait(self, node: int, flags: int) -> Opened | None:
         _check_flags(flags)
@@ -436,7 +456,7 @@ class FileSystem:
             if lent is not None:
                 lent.close()
             return 0
-        file.lent = lent
+        file.lent, file.passed = lent, lent.identity
         return backing
 
     def _fetched(self, file: _File) -> Lent | None:
@@ -454,9 +474,9 @@ class FileSystem:
         return None
 
     def _let_go(self, file: _File) -> None:
-        if file.lent is not None and self._backings is not None:
+        if file.passed is not None and self._backings is not None:
             # Before the cached file is given back: as long as the kernel knows of it, it is in use.
-            self._backings.release(file.lent.identity)
+            self._backings.release(file.passed)
         file.close()
 
     def read(self, handle: int, offset: int, size: int, node: int = 0) -> Buffer:
@@ -493,7 +513,7 @@ class FileSystem:
         if file is None:
             return  # opened by a daemon before us
         self._nodes.close(file.node)
-        if file.lent is None:
+        if file.passed is None:
             file.ready(self._reader)
         self._let_go(file)
 

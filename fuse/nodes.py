@@ -11,9 +11,14 @@ every number names: there is nothing to be handed down.
 Open modes. The kernel lets a node be open in one mode at a time: *served* (reads are requests, and
 fill the page cache) or *passthrough* onto one cached file. Another mode or another file, while it is
 open, is an error that a reader would see (EIO or EBUSY). Both rules live here: `open` binds a node
-to what it is opened on; what does not fit goes to another turn of the same path, by `Stale`, on which
-the kernel looks the name up again and is told of that turn. A node that nobody has open is bound to
-nothing: the kernel lets go of the mode before it sends RELEASE.
+to what it is opened on, and whoever opens it meanwhile is told to open it on the same. Only where a
+node is served and its file could be passed through by now, the opener is refused by `Stale`, on which the
+kernel looks the name up again and is told of another turn of the same path. A node that nobody has
+open is bound to nothing: the kernel lets go of the mode before it sends RELEASE.
+
+The kernel looks up again once: a second refusal of one open(2) is an error that its caller sees. So
+whoever was refused, for whatever reason, is told of a turn other than 0, and no such turn is ever refused
+for its mode.
 
 A daemon that took over cannot know what its predecessors left open. So on a mount with passthrough
 the life is part of a file's number, and a node of an earlier life is never opened again.
@@ -22,6 +27,7 @@ Pure but for a lock; `filesystem` asks.
 """
 
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +45,10 @@ _TURNS = 1 << TURN_BITS
 _GENERATION_AT = INO_BITS
 _LIFE_AT = _GENERATION_AT + GENERATION_BITS
 _TURN_AT = _LIFE_AT + LIFE_BITS
+
+REMEMBERED = 4096
+"""Versions of which we still know, after a refusal, which turn lookups are told of: more than there are
+opens under way."""
 
 Backing = tuple[int, int]
 """Device and inode of a cached file that the kernel reads itself."""
@@ -99,16 +109,6 @@ class _Open:
     opens: int
 
 
-@dataclass(slots=True)
-class _Turns:
-    """A version of a path that is open, and has or had to be opened in more than one way meanwhile."""
-
-    told: int
-    """The turn that lookups are told of."""
-    nodes: int
-    """Turns that are open."""
-
-
 class Nodes:
     """The nodes of one mount. Thread-safe."""
 
@@ -116,12 +116,11 @@ class Nodes:
         """`life` counts the daemons that this mount has had before."""
         self._life = life & _LIFE if passthrough else 0
         self._passthrough = passthrough
-        # Changed under the lock only; single looks need none. Invariants: `_open` holds a node between its
-        # first open and its last close; `_turns` has a version exactly while one of its nodes is open
-        # and one of them was refused.
+        # Changed under the lock only; single looks need none. Invariant: `_open` holds a node between its
+        # first open and its last close.
         self._lock = threading.Lock()
         self._open: dict[int, _Open] = {}
-        self._turns: dict[int, _Turns] = {}  # by the number of turn 0
+        self._told: OrderedDict[int, int] = OrderedDict()  # turns, by the number of turn 0; latest last
 
     def __repr__(self) -> str:
         return f"<Nodes {self.stats()}>"
@@ -131,8 +130,7 @@ class Nodes:
         if not self._passthrough or entry.kind is Kind.DIRECTORY:
             return entry.ino | (entry.generation & _GENERATION) << _GENERATION_AT
         first = self._first(entry)
-        turns = self._turns.get(first)
-        return first if turns is None else first | turns.told << _TURN_AT
+        return first | self._told.get(first, 0) << _TURN_AT
 
     def opened(self, node: int) -> Entry | None:
         """The entry that `node` was opened as; None when nobody has it open."""
@@ -142,42 +140,37 @@ class Nodes:
     def check(self, node: int, entry: Entry) -> None:
         """Raise Stale unless `entry` is the version that `node` names."""
         if read(node).generation != entry.generation & _GENERATION:
+            with self._lock:
+                self._tell_another(entry)
             raise Stale(f"{entry.name!r} has another version now than node {node}")
 
-    def open(self, node: int, entry: Entry, backing: Backing | None = None) -> None:
-        """Bind `node` to `backing`, or to being served, until as many `close`s. Raises Stale when it is
-        open in another way, or may be."""
+    def open(self, node: int, entry: Entry, backing: Backing | None = None) -> Backing | None:
+        """Bind `node` to `backing`, or to being served, until as many `close`s; or where it is open, count
+        one more. What it is bound to: that is how it must be opened. Raises Stale when it must not be."""
         with self._lock:
             if not self._passthrough:
                 assert backing is None, "nothing is passed through on this mount"
             elif read(node).life != self._life:
+                self._tell_another(entry, backing)
                 raise Stale(f"node {node} was told of by an earlier daemon: how it is open is not known")
             held = self._open.get(node)
             if held is None:
                 self._open[node] = _Open(entry, backing, 1)
-            elif held.backing == backing:
-                held.opens += 1
-            else:
-                self._turn(entry, backing)
-                raise Stale(f"node {node} is open in another way")
-            turns = self._turns.get(self._first(entry))
-            if turns is not None and held is None:
-                turns.nodes += 1
+                return backing
+            if held.backing is None and backing is not None:
+                self._tell_another(entry, backing)
+                if not read(node).turn:
+                    raise Stale(f"node {node} is served, and could be passed through by now")
+            held.opens += 1
+            return held.backing
 
     def close(self, node: int) -> None:
         """Undo one `open`."""
         with self._lock:
             held = self._open[node]
             held.opens -= 1
-            if held.opens:
-                return
-            del self._open[node]
-            first = self._first(held.entry)
-            turns = self._turns.get(first)
-            if turns is not None:
-                turns.nodes -= 1
-                if not turns.nodes:
-                    del self._turns[first]
+            if not held.opens:
+                del self._open[node]
 
     def stats(self) -> NodeStats:
         with self._lock:
@@ -189,13 +182,16 @@ class Nodes:
         generation = entry.generation & _GENERATION
         return entry.ino | generation << _GENERATION_AT | self._life << _LIFE_AT
 
-    def _turn(self, entry: Entry, backing: Backing | None) -> None:
-        """Let lookups be told of a turn that can be opened on `backing`; under the lock."""
+    def _tell_another(self, entry: Entry, backing: Backing | None = None) -> None:
+        """Let lookups be told of a turn that is never refused, and can be opened on `backing` if any can;
+        under the lock."""
+        if not self._passthrough:
+            return
         first = self._first(entry)
-        nodes = [(turn, self._open.get(first | turn << _TURN_AT)) for turn in range(_TURNS)]
+        nodes = [(turn, self._open.get(first | turn << _TURN_AT)) for turn in range(1, _TURNS)]
         alike = [turn for turn, held in nodes if held is not None and held.backing == backing]
         free = [turn for turn, held in nodes if held is None]
-        turns = self._turns.get(first)
-        if turns is None:
-            turns = self._turns[first] = _Turns(0, sum(held is not None for _, held in nodes))
-        turns.told = (alike or free or [0])[0]
+        self._told[first] = (alike or free or [1])[0]
+        self._told.move_to_end(first)
+        if len(self._told) > REMEMBERED:
+            self._told.popitem(last=False)

@@ -104,6 +104,7 @@ class Kernel:
     source: MemorySource
     clock: VirtualClock
     registrar: Registrar
+    tier: MemoryTier
     end: socket.socket
     uniques: Iterator[int] = field(default_factory=lambda: itertools.count(2, 2))
     early: dict[int, Reply] = field(default_factory=dict)
@@ -145,6 +146,11 @@ class Kernel:
 
     def open(self, node: int, flags: int = os.O_RDONLY) -> protocol.OpenOut:
         return protocol.decode_open_out(self.data(Opcode.OPEN, OpenIn(flags, 0), node=node))
+
+    def evict(self, name: str) -> None:
+        """Drop what is cached of an object."""
+        key = self.files._reader.cache_key(self.files._index.lookup(ROOT, name.encode()))
+        assert self.tier.evict(key)
 
     def quiet(self) -> bool:
         """Whether nothing has been written that was not asked for by `answer`; all threads are idle then."""
@@ -200,7 +206,7 @@ def make(tmp_path: Path, clock: VirtualClock) -> Iterator[Maker]:
         session = Session(
             files, ours.fileno(), agreement, max_threads=max_threads, max_idle_threads=max_idle_threads
         )
-        kernel = Kernel(session, files, source, clock, registrar, theirs)
+        kernel = Kernel(session, files, source, clock, registrar, tier, theirs)
         made.extend([catalogue.close, reader.close, files.close, ours.close, kernel.close])
         if start:
             session.start()
@@ -293,6 +299,24 @@ def test_a_whole_file_is_opened_on_its_cached_copy(make: Maker) -> None:
     assert not it.registrar.known
     empty = it.open(it.lookup("d/empty").node)
     assert (empty.flags, empty.backing_id) == (OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH, 0)
+
+
+def test_a_file_that_is_read_by_the_kernel_is_opened_on_the_same_copy_by_all(make: Maker) -> None:
+    """Though that copy was evicted since, and another one is there: the kernel knows one for each node."""
+    it = make(agreement=Agreement(protocol.MINOR, 0, True, False, True))
+    node = it.lookup("z").node
+    first = it.open(node)
+    it.evict("z")
+    second = it.open(node)
+    assert second.backing_id == first.backing_id
+    assert it.registrar.known == {first.backing_id}
+    for opened in (first, second):
+        assert it.registrar.known == {first.backing_id}
+        it.data(Opcode.RELEASE, ReleaseIn(opened.fh, 0, 0, 0), node=node)
+    assert not it.registrar.known
+    third = it.open(node)
+    assert third.backing_id != first.backing_id
+    assert third.flags & OpenFlag.PASSTHROUGH
 
 
 def test_errors_are_answered_as_errnos(make: Maker) -> None:
