@@ -23,8 +23,6 @@ from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from datacache.config.keys import (
     KEYS,
     MEDIUM,
@@ -161,20 +159,32 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, _Given]:
     return found
 
 
-class _Loader(yaml.BaseLoader):
-    """All scalars are texts, tags mean nothing, a key stands once."""
+def _tree(raw: bytes, asked: str, path: str) -> Any:
+    """What the YAML `raw` says: all scalars are texts, tags mean nothing, a key stands once."""
+    # Here, since a daemon that follows another has no file to read, and is waited for.
+    import yaml
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not a text", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    class Loader(yaml.BaseLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.constructor.ConstructorError(None, None, "a key is not a text", key.start_mark)
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value} stands twice", key.start_mark
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(raw, Loader)  # noqa: S506  a BaseLoader: it makes texts, lists and mappings
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}: {error.problem})" if mark else ""
+        raise SettingError(asked, path, f"valid YAML{where}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise SettingError(asked, path, "valid YAML, in UTF-8") from error
 
 
 def _from_file(path: str, asked: str) -> dict[str, _Given]:
@@ -188,14 +198,7 @@ def _from_file(path: str, asked: str) -> dict[str, _Given]:
         raise SettingError(asked, path, f"a file that can be read ({error.strerror})") from error
     if len(raw) > MAX_FILE:
         raise SettingError(asked, path, f"a datacache.yaml of at most {spell_size(MAX_FILE)}")
-    try:
-        tree = yaml.load(raw, _Loader)  # noqa: S506  a BaseLoader: it makes texts, lists and mappings
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" (line {mark.line + 1}: {error.problem})" if mark else ""
-        raise SettingError(asked, path, f"valid YAML{where}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise SettingError(asked, path, "valid YAML, in UTF-8") from error
+    tree = _tree(raw, asked, path)
     if tree in (None, ""):
         return {}
     if not isinstance(tree, dict):

@@ -273,6 +273,52 @@ def test_a_hundred_kills(ranged: Ranged, filled: Path, io: IO, capfd: pytest.Cap
         )
 
 
+SOAK = 300.0
+"""Seconds of a soak, of which there are two."""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(SOAK + 300)
+@pytest.mark.parametrize("io", [IO.PASSTHROUGH, IO.SERVED])
+def test_fio_verifies_while_daemons_are_killed(ranged: Ranged, filled: Path, io: IO) -> None:
+    """Another program's idea of correct bytes, by reads and by a mapping, for minutes, beside the readers of
+    ours; a kill whenever the last daemon is no longer young."""
+    if not shutil.which("fio"):
+        pytest.skip("fio is not installed")
+    job = ["fio", "--name=f", "--filename=fio", "--size=48m", "--bs=16k", "--verify=crc32c", "--randseed=7"]
+    job += ["--minimal", "--thread", "--verify_fatal=1"]
+    written = subprocess.run([*job, "--rw=write", "--do_verify=0"], cwd=filled, capture_output=True)
+    assert written.returncode == 0, written.stderr
+    one = ranged(io=io, index=SHORT)
+    over = time.monotonic() + SOAK
+    kills = runs = 0
+
+    def verify() -> int:
+        count = 0
+        while time.monotonic() < over:
+            for how in (["--rw=randread"], ["--rw=read"], ["--rw=randread", "--ioengine=mmap"]):
+                done = subprocess.run([*job, *how], cwd=one.directory, capture_output=True)
+                assert done.returncode == 0, done.stderr
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(1) as pool, Load(one, readers=2) as load:
+        verifying = pool.submit(verify)
+        load.tell("hold")
+        while time.monotonic() < over:
+            next_at = min(over, time.monotonic() + YOUNG + 1)
+            while time.monotonic() < next_at and not verifying.done():
+                load.go_on(5)
+            kill(one)
+            kills += 1
+            load.worst()
+            load.tell("hold", (kills % 2,))
+        runs = verifying.result(PATIENCE)
+        load.worst()
+    assert runs >= 3
+    assert one.log.read_text().count("has taken over") == kills
+
+
 @pytest.mark.parametrize("io", [IO.PASSTHROUGH, IO.SERVED])
 def test_what_was_opened_before_a_kill_keeps_its_version(daemon: Start, bucket: Path, io: IO) -> None:
     """An open file keeps its version, whichever daemon answers for it: also when the object has another one
