@@ -11,9 +11,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from datacache.clock import VirtualClock
+
+# How long an example takes says how busy the machine is, not whether it is right.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 # Threads of libraries that live as long as the process, by name prefix.
 _IMMORTAL_THREADS = ("pytest_timeout", "fsspecIO", "ThreadPoolExecutor-moto", "asyncio_", "Trio thread")

@@ -4,23 +4,33 @@ kernel's side of `protocol`, a real file system behind."""
 import errno
 import itertools
 import os
+import shutil
 import socket
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from datacache.cache.directory import DirectoryTier, Owner, Rules
 from datacache.cache.memory import MemoryTier
+from datacache.cache.tier import Tier
+from datacache.cache.tiered import TieredCache
 from datacache.clock import VirtualClock
-from datacache.config.settings import Consistency, IndexSettings, MountSettings, ReadingSettings
+from datacache.config.settings import (
+    Consistency,
+    IndexSettings,
+    MountSettings,
+    Placement,
+    ReadingSettings,
+)
 from datacache.index.opening import open_index
-from datacache.model import Dataset, MountPoint
+from datacache.model import ByteRange, Dataset, MountPoint
 from datacache.reading.reader import Reader
 from datacache.sources.memory import MemorySource
 from fuse import protocol
@@ -58,6 +68,8 @@ OBJECTS = {"a": b"first", "d/b": bytes(range(256)) * 40, "d/empty": b"", "z": b"
 AGREED = Agreement(
     minor=protocol.MINOR, capabilities=0, passthrough=False, stateless=False, cached_directories=True
 )
+
+PASSED = replace(AGREED, passthrough=True)
 
 
 class Gated(FileSystem):
@@ -104,7 +116,7 @@ class Kernel:
     source: MemorySource
     clock: VirtualClock
     registrar: Registrar
-    tier: MemoryTier
+    tier: Tier
     end: socket.socket
     uniques: Iterator[int] = field(default_factory=lambda: itertools.count(2, 2))
     early: dict[int, Reply] = field(default_factory=dict)
@@ -183,6 +195,7 @@ def make(tmp_path: Path, clock: VirtualClock) -> Iterator[Maker]:
         index: IndexSettings | None = None,
         objects: dict[str, bytes] = OBJECTS,
         agreement: Agreement = AGREED,
+        cache: Tier | None = None,
         max_threads: int = 4,
         max_idle_threads: int = 2,
         start: bool = True,
@@ -195,7 +208,7 @@ def make(tmp_path: Path, clock: VirtualClock) -> Iterator[Maker]:
             state=str(tmp_path / f"state-{len(made)}"),
             clock=clock,
         )
-        tier, registrar = MemoryTier(name="mem:/x"), Registrar()
+        tier, registrar = cache or MemoryTier(name="mem:/x"), Registrar()
         reader = Reader([source], tier, ReadingSettings(), clock=clock)
         files = Gated(
             catalogue, reader, mount or MountSettings(uid=12, gid=34), tiers={"mem:/x": tier}, clock=clock,
@@ -288,7 +301,7 @@ def test_a_handle_that_an_earlier_daemon_gave_out_is_read_by_its_node(make: Make
 def test_a_whole_file_is_opened_on_its_cached_copy(make: Maker) -> None:
     """A small file is fetched by its open; both opens of it have one number, taken back with the last
     close. An empty file has no copy, and is served."""
-    it = make(agreement=Agreement(protocol.MINOR, 0, True, False, True))
+    it = make(agreement=PASSED)
     node = it.lookup("z").node
     first, second = it.open(node), it.open(node)
     assert first.flags == second.flags == OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH
@@ -303,7 +316,7 @@ def test_a_whole_file_is_opened_on_its_cached_copy(make: Maker) -> None:
 
 def test_a_file_that_is_read_by_the_kernel_is_opened_on_the_same_copy_by_all(make: Maker) -> None:
     """Though that copy was evicted since, and another one is there: the kernel knows one for each node."""
-    it = make(agreement=Agreement(protocol.MINOR, 0, True, False, True))
+    it = make(agreement=PASSED)
     node = it.lookup("z").node
     first = it.open(node)
     it.evict("z")
@@ -317,6 +330,55 @@ def test_a_file_that_is_read_by_the_kernel_is_opened_on_the_same_copy_by_all(mak
     third = it.open(node)
     assert third.backing_id != first.backing_id
     assert third.flags & OpenFlag.PASSTHROUGH
+
+
+def test_an_object_that_straddles_two_tiers_is_served(make: Maker) -> None:
+    """No one file has all of it, and nothing of it is missing: it is read through us."""
+    tiers = [MemoryTier(name="mem:/x"), MemoryTier(name="ssd:/y")]
+    it = make(agreement=PASSED, cache=TieredCache(tiers, placement=Placement.SPILL))
+    entry = it.files._index.lookup(ROOT, b"z")
+    key, data = it.files._reader.cache_key(entry), OBJECTS["z"]
+    for tier, span in zip(tiers, (ByteRange(0, 40_000), ByteRange(40_000, len(data))), strict=True):
+        with closing(tier.open(key)) as cached:
+            cached.fill(span.start, data[span.start : span.stop])
+    opened = it.open(it.lookup("z").node)
+    assert opened.backing_id == 0
+    read = it.data(Opcode.READ, ReadIn(opened.fh, 0, 1 << 17, 0, 0, 0), node=entry.ino)
+    assert read == data
+    assert it.files._reader.stats().bytes_fetched == 0
+
+
+def test_after_a_power_cut_a_file_is_served_until_it_is_proven(make: Maker, tmp_path: Path) -> None:
+    """What was not marked as synced is held against its checksums as it is read, and then passed through."""
+
+    def tier(directory: str, boot: str) -> DirectoryTier:
+        rules = Rules("ssd:/x", 1 << 30, 4 << 20, reserve=0.0, dataset="test")
+        owner = Owner(os.getpid(), "", "")
+        return DirectoryTier(
+            str(tmp_path / directory), rules, owner=owner, clock=VirtualClock(), boot=boot, keeper=False
+        )
+
+    before = tier("before", "one")
+    it = make(agreement=PASSED, cache=before)
+    assert it.open(it.lookup("z").node).backing_id
+    assert len(list(before.entries())) == 1  # written, though not synced
+    shutil.copytree(tmp_path / "before", tmp_path / "after")
+    it.files.close()
+    before.close()
+    after = tier("after", "two")
+    try:
+        it = make(agreement=PASSED, cache=after)
+        node = it.lookup("z").node
+        served = it.open(node)
+        assert served.backing_id == 0
+        assert it.data(Opcode.READ, ReadIn(served.fh, 0, 1 << 17, 0, 0, 0), node=node) == OBJECTS["z"]
+        it.data(Opcode.RELEASE, ReleaseIn(served.fh, 0, 0, 0), node=node)
+        assert len(list(after.entries())) == 1  # what was found is written down, as it is in a while
+        assert it.open(node).backing_id
+        it.files.close()
+        assert it.files._reader.stats().bytes_fetched == 0
+    finally:
+        after.close()
 
 
 def test_errors_are_answered_as_errnos(make: Maker) -> None:
