@@ -45,6 +45,7 @@ class LoadStatus:
     files_skipped: int = 0
     """Of `files_done`: were present before."""
     bytes_fetched: int = 0
+    """By requests of this job: what another job, or a reader, was fetching already counts there."""
     failures: tuple[tuple[str, str], ...] = ()
     """Path and reason, the first 1,000 of them."""
     files_failed: int = 0

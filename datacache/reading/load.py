@@ -374,10 +374,10 @@ class _Job:
         before = self._store.present(key) if entry.size else 0
         fetched = counted = 0
 
-        def count(length: int) -> None:
+        def count(length: int, ours: bool) -> None:
             nonlocal counted
             counted += length
-            self._count(length)
+            self._count(length, fetched=length if ours else 0)
 
         if before < entry.size:
             if self._was_full:
@@ -400,9 +400,9 @@ class _Job:
         if self._pace is not None and not self._pace.take(length, self._stop):
             raise _Cancelled
 
-    def _count(self, length: int) -> None:
+    def _count(self, length: int, *, fetched: int) -> None:
         with self._changed:
-            self._bytes_fetched += length
+            self._bytes_fetched += fetched
             self._bytes_done += length
             self._away_since, self._away = None, ""
 

@@ -355,12 +355,13 @@ class Reader:
         *,
         tier: Tier | None = None,
         pace: Callable[[int], None] | None = None,
-        on_bytes: Callable[[int], None] | None = None,
+        on_bytes: Callable[[int, bool], None] | None = None,
     ) -> int:
         """Make `entry` whole in the cache (in `tier`, where given); how many bytes had to be fetched.
 
         `pace` is called before each request with its length, `on_bytes` after each span that is in the
-        cache; both may block, and what they raise ends this. Raises SourceError, TierFull, TierBroken.
+        cache, with its length and whether this call had it fetched (not somebody else); both may block, and
+        what they raise ends this. Raises SourceError, TierFull, TierBroken.
         """
         if entry.size == 0:
             return 0
@@ -371,7 +372,7 @@ class Reader:
                 target = tier.open(held.key)
             elif held.cached.evicted:  # who has it open reads on; what is filled there nobody finds later
                 target = self._cache.open(held.key)
-            return self._make_whole(held, target, pace or _ignore, on_bytes or _ignore)
+            return self._make_whole(held, target, pace or _ignore, on_bytes or _ignore_both)
         finally:
             if target is not held.file:
                 target.close()
@@ -743,10 +744,14 @@ class Reader:
     # Whole objects.
 
     def _make_whole(
-        self, held: _Object, target: CachedFile, pace: Callable[[int], None], on_bytes: Callable[[int], None]
+        self,
+        held: _Object,
+        target: CachedFile,
+        pace: Callable[[int], None],
+        on_bytes: Callable[[int, bool], None],
     ) -> int:
         fetched = 0
-        pending: deque[tuple[_Flight, ByteRange]] = deque()
+        pending: deque[tuple[_Flight, ByteRange, bool]] = deque()
         spans = [
             piece
             for gap in target.gaps(ByteRange(0, held.key.size))
@@ -755,7 +760,7 @@ class Reader:
 
         def finish() -> None:
             nonlocal fetched
-            flight, span = pending[0]
+            flight, span, ours = pending[0]
             self._run_patiently(flight)
             _settled(flight)
             # One that found no room may have ended long ago, and been kept: there may be room now.
@@ -765,7 +770,7 @@ class Reader:
             self._leave(held, (flight,))
             count = min(flight.span.stop, span.stop) - max(flight.span.start, span.start)
             fetched += count
-            on_bytes(count)
+            on_bytes(count, ours)
 
         try:
             for span in spans:
@@ -777,7 +782,7 @@ class Reader:
                 for part in wanted:
                     trusted = target is held.file  # what another tier has could not be copied from it
                     new, needed = self._join(held, part, grain=1, target=target, trusted=trusted)
-                    pending += [(flight, part) for flight in needed]
+                    pending += [(flight, part, flight in new) for flight in needed]
                     if new:
                         pace(sum(flight.span.length for flight in new))
                     if len(spans) > 1:
@@ -791,7 +796,7 @@ class Reader:
             while pending:
                 finish()
         finally:
-            self._leave(held, [flight for flight, _ in pending])
+            self._leave(held, [flight for flight, *_ in pending])
         return fetched
 
     def _copy(self, held: _Object, span: ByteRange, target: CachedFile) -> None:
@@ -925,4 +930,8 @@ def _overlap(a: ByteRange, b: ByteRange) -> bool:
 
 
 def _ignore(_: int) -> None:
+    """Nobody wants to know."""
+
+
+def _ignore_both(_: int, __: bool) -> None:
     """Nobody wants to know."""

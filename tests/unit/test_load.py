@@ -503,8 +503,11 @@ def test_only_so_many_jobs_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(ControlError, match="2 load jobs"):
                 at.loads.start(LoadRequest())
             held.release()
-        assert [at.loads.wait(job).state for job in jobs] == ["done", "done"]
+        ended = [at.loads.wait(job) for job in jobs]
+        assert [job.state for job in ended] == ["done", "done"]
         assert at.source.requests["read"] == 1, "two jobs, one fetch"
+        assert [job.bytes_done for job in ended] == [1, 1]
+        assert sum(job.bytes_fetched for job in ended) == 1, "counted once"
 
 
 def test_a_reader_that_closes_is_not_a_failure_of_each_file() -> None:

@@ -837,8 +837,8 @@ def test_fetch_makes_an_object_whole(size: int) -> None:
     seen: list[int] = []
     paced: list[int] = []
     with reader(source, tier) as made:
-        assert made.fetch(entry, on_bytes=seen.append, pace=paced.append) == size
-        assert made.fetch(entry, on_bytes=seen.append) == 0
+        assert made.fetch(entry, on_bytes=lambda count, ours: seen.append(count), pace=paced.append) == size
+        assert made.fetch(entry, on_bytes=lambda count, ours: seen.append(count)) == 0
         assert tier.present(made.cache_key(entry)) == size
         with opened(made, entry) as it:
             assert it.read_nowait(0, size) == DATA[:size]
@@ -1004,7 +1004,7 @@ def test_fetch_counts_what_has_ended_while_it_waits_for_its_pace() -> None:
         until(lambda: tier.present(made.cache_key(entry)) == arrived and made.stats().memory_used == 0)
 
     with reader(source, tier) as made:
-        assert made.fetch(entry, pace=pace, on_bytes=counted.append) == 32 * MiB
+        assert made.fetch(entry, pace=pace, on_bytes=lambda count, ours: counted.append(count)) == 32 * MiB
     assert seen == [0, 0, 8 * MiB, 16 * MiB]
 
 
