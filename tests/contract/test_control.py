@@ -16,6 +16,7 @@ from datacache.cluster.server import ControlServer
 from datacache.config.parsing import read_settings
 from datacache.config.settings import Settings
 from datacache.errors import Unavailable
+from datacache.model import MiB
 from datacache.reading.job import LoadRequest, LoadStatus
 from datacache.worker import Worker
 from tests.contract.control_suite import FILES, ControlSuite
@@ -91,7 +92,7 @@ class TestClient(ControlSuite):
 def test_a_worker_closes_while_its_store_stalls(tmp_path: Path, fault: Fault) -> None:
     """Loads, reads, listings and calls over the socket are given up: a close takes no longer than a moment,
     whatever the store does. Retries could go on for minutes."""
-    objects = {f"{n:02}": bytes(9_000) for n in range(40)} | {"d/x": bytes(9_000)}
+    objects = {f"{n:02}": bytes(2 * MiB) for n in range(40)} | {"d/x": b"x"}
     with FaultyS3(objects) as s3, ThreadPoolExecutor(4) as others, ExitStack() as built:
         flags = {"uri": "s3://bucket", "endpoint": s3.endpoint, "timeout": "600s", "stall-timeout": "300s"}
         worker = Worker(settings_of(tmp_path, **flags))

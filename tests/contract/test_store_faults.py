@@ -26,7 +26,7 @@ from datacache.errors import (
     VersionChanged,
     WrongBytes,
 )
-from datacache.model import ByteRange, MountPoint, ObjectInfo
+from datacache.model import ByteRange, MiB, MountPoint, ObjectInfo
 from datacache.sources.opening import open_source
 from datacache.sources.source import Source
 from tests.conftest import AnnouncedLogs
@@ -276,12 +276,12 @@ def test_a_store_that_is_not_there(logs: AnnouncedLogs) -> None:
 @pytest.mark.parametrize(
     ("operation", "act"),
     [
-        ("get", lambda source, info: source.read(info["o"], WHOLE)),
+        ("get", lambda source, info: source.read(info["large"], ByteRange(0, 2 * MiB))),
         ("get", lambda source, info: source.read(info[ODD], ByteRange(0, 1000))),
         ("head", lambda source, info: source.stat("o")),
         ("list", lambda source, info: list(source.list("", recursive=True))),
     ],
-    ids=["read by obstore", "read by botocore", "stat", "list"],
+    ids=["large read by obstore", "read by botocore", "stat", "list"],
 )
 @pytest.mark.parametrize("fault", [Stall(), Stall(after=10), Trickle(0.01)], ids=repr)
 def test_a_close_does_not_wait_for_a_store_that_stalls(
@@ -289,8 +289,9 @@ def test_a_close_does_not_wait_for_a_store_that_stalls(
 ) -> None:
     """Whatever is under way is given up by `close`, though it could go on for minutes yet."""
     patient = replace(QUICK, timeout=600.0, stall_timeout=300.0)
+    s3.put("large", bytes(2 * MiB))
     with closing(opened(s3, patient)) as source, ThreadPoolExecutor(1) as pool:
-        info = {key: source.stat(key) for key in ("o", ODD)}
+        info = {key: source.stat(key) for key in ("o", "large", ODD)}
         if operation == "head" and fault != Stall():
             pytest.skip("an answer to HEAD has no body that could be slow")
         before = s3.count(operation)
@@ -303,3 +304,22 @@ def test_a_close_does_not_wait_for_a_store_that_stalls(
         assert time.monotonic() - begun < 5.0
         with pytest.raises(Unavailable):
             source.read(info["o"], PART)
+
+
+@pytest.mark.parametrize(
+    ("fault", "stall_timeout"), [(Trickle(0.01), 300.0), (Stall(), 0.5), (Stall(after=10), 0.5)], ids=repr
+)
+def test_a_close_waits_for_a_small_object_no_longer_than_a_stall(
+    s3: FaultyS3, fault: Fault, stall_timeout: float
+) -> None:
+    """A small object is read by a call that cannot be given up: between two parts of it, it is."""
+    patient = replace(QUICK, timeout=600.0, stall_timeout=stall_timeout)
+    with closing(opened(s3, patient)) as source, ThreadPoolExecutor(1) as pool:
+        info = source.stat("o")
+        s3.add("get", *[fault] * 100)
+        under_way = pool.submit(source.read, info, WHOLE)
+        until(lambda: s3.count("get"))
+        begun = time.monotonic()
+        source.close()
+        assert isinstance(under_way.exception(10.0), Unavailable)
+        assert time.monotonic() - begun < 5.0
