@@ -12,6 +12,7 @@ State that has to outlive this process there is none: node and handle numbers sa
 (`nodes`), so a successor only has to have the kernel send again what was unanswered (`resend`).
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -242,7 +243,8 @@ class Session:
             if self._ending:
                 return None  # what it stood on is being taken down
             if self._elsewhere is not None:
-                self._elsewhere(request)
+                with contextlib.suppress(OSError):  # nobody is there: whoever comes next has it sent again
+                    self._elsewhere(request)
                 return None
             number = self.files.failed(protocol.opcode_name(header.opcode).lower(), error)
             return protocol.error(header.unique, number)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -29,6 +30,7 @@ from datacache.config.settings import (
     Placement,
     ReadingSettings,
 )
+from datacache.errors import NotFound
 from datacache.index.opening import open_index
 from datacache.model import ByteRange, Dataset, MountPoint
 from datacache.reading.reader import Reader
@@ -58,7 +60,7 @@ from fuse.protocol import (
     Request,
     UnknownIn,
 )
-from fuse.session import Session
+from fuse.session import KINDS, Session
 from tests.conftest import AnnouncedLogs
 from tests.support.reading import until
 
@@ -199,6 +201,7 @@ def make(tmp_path: Path, clock: VirtualClock) -> Iterator[Maker]:
         max_threads: int = 4,
         max_idle_threads: int = 2,
         start: bool = True,
+        **more: Any,
     ) -> Kernel:
         source = MemorySource("memory://bucket", objects)
         catalogue = open_index(
@@ -217,7 +220,12 @@ def make(tmp_path: Path, clock: VirtualClock) -> Iterator[Maker]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         theirs.settimeout(PATIENCE)
         session = Session(
-            files, ours.fileno(), agreement, max_threads=max_threads, max_idle_threads=max_idle_threads
+            files,
+            ours.fileno(),
+            agreement,
+            max_threads=max_threads,
+            max_idle_threads=max_idle_threads,
+            **more,
         )
         kernel = Kernel(session, files, source, clock, registrar, tier, theirs)
         made.extend([catalogue.close, reader.close, files.close, ours.close, kernel.close])
@@ -522,6 +530,32 @@ def test_a_successor_has_all_that_is_unanswered_sent_again(make: Maker) -> None:
     again = protocol.encode_request(Opcode.STATFS, EmptyIn(), unique=6 | protocol.RESENT)
     it.end.send(again)
     assert it.receive().unique == 6 | protocol.RESENT
+
+
+def test_what_cannot_be_answered_here_is_handed_on_and_answered_by_another(make: Maker) -> None:
+    """An answerer beside the daemon that owns the data set: what raises goes there, request and all, and is
+    counted once; where the owner has died, whoever comes next is sent it again."""
+    handed: list[bytes] = []
+
+    def hand_on(request: memoryview) -> None:
+        handed.append(bytes(request))
+        if len(handed) == 2:
+            raise BrokenPipeError("the owner is gone")
+
+    counts = [0] * KINDS
+    it = make(max_threads=1, elsewhere=hand_on, counts=counts)
+    for _ in range(2):
+        it.files.failures = [NotFound("here")]
+        unique = it.send(Opcode.STATFS, EmptyIn())
+        it.lookup("a")
+    assert it.quiet()
+    assert [protocol.decode(request)[0].unique for request in handed] == [unique - 4, unique]
+    owner = make()
+    owner.session.answer(memoryview(handed[0]))
+    assert owner.receive().unique == unique - 4
+    assert counts[Opcode.STATFS] == 2
+    assert it.session.requests() == {"statfs": 2, "lookup": 2}
+    assert owner.session.requests() == {}
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Walk(RuleBasedStateMachine):
     root: ClassVar[Path]
     medium: ClassVar[Medium]
 
-    @initialize(policy=st.sampled_from(Policy), io=st.sampled_from([IO.PASSTHROUGH, IO.SERVED]))
+    @initialize(policy=st.sampled_from(Policy), io=st.sampled_from([IO.PASSTHROUGH, IO.PAGECACHE, IO.SERVED]))
     def begin(self, policy: Policy, io: IO) -> None:
         base = "/dev/shm" if self.medium is Medium.MEM else None
         self.cache = tempfile.mkdtemp(dir=base, prefix="walk-")
