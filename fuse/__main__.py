@@ -216,6 +216,8 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
         log.info("%s is served at %s", settings.dataset.name, settings.mount.directory)
         session.wait()
         _deaf()
+        if session.ending and backings is not None:
+            backings.leave()
         if orphaned.is_set() or not session.ending:
             registry.clear(worker.socket)
             log.info("%s: unmounted", settings.mount.directory)

@@ -220,6 +220,7 @@ class Backings:
         self._lock = threading.Lock()
         self._known: dict[tuple[int, int], list[int]] = {}
         self._refused: dict[int, str] = {}
+        self._left = False
 
     def __repr__(self) -> str:
         return f"<Backings {len(self._known)} files>"
@@ -271,8 +272,16 @@ class Backings:
             if held[1]:
                 return
             del self._known[identity]
+            if self._left:
+                return
             with contextlib.suppress(OSError):  # the mount is gone, and the number with it
                 self._registrar.close(held[0])
+
+    def leave(self) -> None:
+        """From now on take no number back, but leave them all to `forget_backings` of a successor: an answer
+        that is on its way may name one, and an open on a number that is gone is EIO."""
+        with self._lock:
+            self._left = True
 
 
 def forget_backings(registrar: Registrar, known: int) -> int:

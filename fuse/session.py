@@ -125,8 +125,7 @@ class Session:
         return self._ended.wait(timeout)
 
     def end(self) -> None:
-        """Answer nothing more than what is done already: the rest is for a successor. Called by a signal
-        handler."""
+        """Answer nothing more: what is unanswered is for a successor. Called by a signal handler."""
         self._ending = True
         self._over()
 
@@ -216,7 +215,8 @@ class Session:
                 self._idle += 1
 
     def _write(self, request: memoryview, answer: Answer) -> None:
-        if answer is None:
+        # What was done after `end` may stand on what was being taken down meanwhile.
+        if answer is None or self._ending:
             return
         try:
             os.writev(self._descriptor, answer)

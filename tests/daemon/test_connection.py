@@ -236,6 +236,20 @@ def test_one_file_has_one_number_as_long_as_anybody_has_it_open() -> None:
     assert backings.refusal == ""
 
 
+def test_what_is_left_to_a_successor_is_not_taken_back() -> None:
+    """An answer to an open may be on its way while a daemon is told to end: its number must be there still,
+    or the kernel says EIO to the reader."""
+    registrar = Registrar()
+    backings = Backings(registrar)
+    first = backings.acquire(File(1, 10))
+    backings.leave()
+    backings.release((1, 10))
+    assert registrar.open_now == {first}
+    assert first is not None
+    assert forget_backings(registrar, first + 1) == 1
+    assert not registrar.open_now
+
+
 @pytest.mark.parametrize(
     ("number", "why"),
     [

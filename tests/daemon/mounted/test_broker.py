@@ -745,3 +745,27 @@ def test_an_ordinary_user_mounts_by_fusermount3_and_kills_are_not_noticed(users:
     users.signal(signal.SIGTERM)
     assert users.wait() == 0
     assert nothing_left(users)
+
+
+def test_both_are_told_to_end_at_once(daemon: Start, filled: Path) -> None:
+    """As systemd stops a unit: SIGTERM to every process of it, in any order."""
+    for first in ("daemon", "broker"):
+        one = daemon()
+        assert one.process is not None
+        pids = [*daemons(one), one.process.pid]
+        for pid in pids if first == "daemon" else reversed(pids):
+            os.kill(pid, signal.SIGTERM)
+        assert one.wait() == 0
+        assert nothing_left(one)
+
+
+def test_a_daemon_that_is_told_to_end_is_followed(daemon: Start, filled: Path) -> None:
+    """It is the broker that ends a mount; whoever signals its daemon gets another."""
+    one = daemon()
+    with open(one.directory / "large", "rb", 0) as file:
+        (old,) = daemons(one)
+        with ends(old):
+            os.kill(old, signal.SIGTERM)
+        assert file.readall() == (filled / "large").read_bytes()
+        while served_by(one) == old:
+            pass
