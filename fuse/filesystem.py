@@ -366,6 +366,11 @@ class FileSystem:
         self._directories[handle] = _Directory(nodes.path(node))
         return handle
 
+    @property
+    def pinned(self) -> bool:
+        """Whether all listings last. Of a live data set only those of directories above its mount points do."""
+        return self._index.pinned
+
     def lasts(self, node: int) -> bool:
         """Whether the listing of a directory never changes, so that the kernel may keep it: it would keep it
         beyond any TTL, for it asks for no directory anew that it has."""

@@ -296,9 +296,10 @@ class Session:
         return protocol.reply(header.unique)
 
     def _opendir(self, header: Header, body: protocol.OpenIn) -> Answer:
-        lasts = self.files.lasts(header.node)
-        if lasts and self._agreement.stateless and self._agreement.cached_directories:
+        # ENOSYS holds for all directories: the kernel asks for none any more, and keeps what it lists.
+        if self.files.pinned and self._agreement.stateless and self._agreement.cached_directories:
             return protocol.error(header.unique, errno.ENOSYS)
+        lasts = self.files.lasts(header.node)
         handle = self.files.opendir(header.node)
         flags = self._directory_flags if lasts else 0
         return protocol.reply(header.unique, protocol.encode_open_out(handle, flags))

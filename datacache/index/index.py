@@ -66,6 +66,10 @@ class Index(Protocol):
         """Seconds for which what is known of directory `parent` may still be believed; inf for snapshots,
         0 when it is past its TTL."""
 
+    @property
+    def pinned(self) -> bool:
+        """Whether nothing ever changes: a directory, once it is listed, stays as it is, all of them do."""
+
     def resolve(self, path: str) -> Entry:
         """The entry of a "/"-separated path of the data set. May block. Raises NoSuchPath, NotADirectory."""
 

@@ -195,6 +195,10 @@ class LiveIndex:
             return 0.0
         return max(0.0, self._ttl - self._age(began))
 
+    @property
+    def pinned(self) -> bool:
+        return self._ttl == float("inf")
+
     def resolve(self, path: str) -> Entry:
         return walking.resolve(self, path)
 

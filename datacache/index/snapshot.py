@@ -123,6 +123,10 @@ class SnapshotIndex:
     def fresh_for(self, parent: int) -> float:
         return float("inf")
 
+    @property
+    def pinned(self) -> bool:
+        return True
+
     def resolve(self, path: str) -> Entry:
         return walking.resolve(self, path)
 

@@ -108,6 +108,10 @@ class ListedIndex:
     def fresh_for(self, parent: int) -> float:
         return float("inf")
 
+    @property
+    def pinned(self) -> bool:
+        return True
+
     def stats(self) -> IndexStats:
         return IndexStats(len(self.files), sum(e.size for e in self.files.values()), 1)
 

@@ -22,7 +22,7 @@ from datacache.cache.disk import Disk
 from datacache.clock import SystemClock
 from datacache.config.settings import IO, Consistency, IndexSettings, MountSettings, TierSettings
 from datacache.index.snapshot import create_snapshot
-from datacache.model import KiB, Medium, MiB
+from datacache.model import Dataset, KiB, Medium, MiB, MountPoint
 from datacache.worker import opened_sources
 from fuse import mountpoint
 from fuse.filesystem import FETCHED_AT_OPEN
@@ -388,6 +388,26 @@ def test_a_changed_object_is_seen_though_the_kernel_believes_names_for_an_hour(
     until(lambda: not (path / "g").exists())
     assert (path / "f").read_bytes() == b"the second one"
     assert sorted(os.listdir(path)) == ["f"]
+
+
+@pytest.mark.parametrize("io", [IO.PAGECACHE, IO.PASSTHROUGH])
+def test_a_new_object_is_listed_below_directories_that_never_change(
+    daemon: Start, bucket: Path, io: IO
+) -> None:
+    """The directories above the mount points of a data set last for ever; what is in a bucket does not."""
+    (bucket / "val").mkdir()
+    put(bucket / "val" / "f", b"first")
+    one = daemon(index=EAGER, io=io, start=False)
+    points = tuple(MountPoint((bucket / "val").as_uri(), path) for path in ("/all/train", "/all/val"))
+    one.settings = replace(one.settings, dataset=Dataset("test", points))
+    one.start()
+    assert one.answer.get("ok"), one.answer
+    for listed in ("", "all"):
+        os.listdir(one.directory / listed)
+    assert os.listdir(one.directory / "all" / "val") == ["f"]
+    put(bucket / "val" / "g", b"second")
+    assert sorted(os.listdir(one.directory / "all" / "val")) == ["f", "g"]
+    assert sorted(os.listdir(one.directory / "all")) == ["train", "val"]
 
 
 # ---- what programs do ----------------------------------------------------------------------------
