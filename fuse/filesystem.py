@@ -368,7 +368,7 @@ class FileSystem:
 
     @property
     def pinned(self) -> bool:
-        """Whether all listings last. Of a live data set only those of directories above its mount points do."""
+        """Whether all listings last. Of a live data set only those above its mount points do."""
         return self._index.pinned
 
     def lasts(self, node: int) -> bool:
