@@ -93,6 +93,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--fd", type=int, help="serve this connection, which somebody else opened and mounts")
     parser.add_argument("--handover", type=Handover.load, help="serve the mount that a broker hands over")
     args = parser.parse_args(arguments)
+    if args.ready_fd < 0 and args.answer_fd < 0:
+        parser.error("one of --ready-fd and --answer-fd is needed")
     answer = _Answer(args.ready_fd)
     try:
         with _signals():

@@ -17,6 +17,7 @@ import errno
 import logging
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from typing import Any
@@ -68,6 +69,7 @@ class Session:
         self._lock = threading.Lock()
         self._requests = counts if counts is not None else [0] * KINDS
         self._threads = self._idle = 0
+        self._under_way: dict[int, int] = {}  # who waits for which request; single looks need no lock
         self._crowded = False  # said already that threads cannot be had
         self._ended = threading.Event()
         self._ending = False  # told to end: what fails from now on is for a successor to answer
@@ -92,11 +94,10 @@ class Session:
             Opcode.GETXATTR: self._getxattr,
             Opcode.LISTXATTR: self._listxattr,
             Opcode.DESTROY: self._destroy,
-            # No answer is owed. A node is arithmetic, so there is nothing to be forgotten; and every
-            # request that may wait is bounded by itself, so there is nothing to be interrupted.
+            # No answer is owed. A node is arithmetic, so there is nothing to be forgotten.
             Opcode.FORGET: self._ignore,
             Opcode.BATCH_FORGET: self._ignore,
-            Opcode.INTERRUPT: self._ignore,
+            Opcode.INTERRUPT: self._interrupt,
             **dict.fromkeys(_WRITES, self._refuse),
         }
 
@@ -237,6 +238,7 @@ class Session:
         handler = self._handlers.get(header.opcode)
         if handler is None:
             return protocol.error(header.unique, errno.ENOSYS)
+        self._under_way[header.unique] = header.pid
         try:
             return handler(header, body)
         except Exception as error:  # noqa: BLE001  whoever asked must be answered; it is logged below
@@ -248,6 +250,8 @@ class Session:
                 return None
             number = self.files.failed(protocol.opcode_name(header.opcode).lower(), error)
             return protocol.error(header.unique, number)
+        finally:
+            self._under_way.pop(header.unique, None)
 
     def _owe(self, answer: Sequence[Buffer]) -> None:
         """The kernel would not take an answer: whoever waits must not wait for ever."""
@@ -343,6 +347,12 @@ class Session:
     def _destroy(self, header: Header, body: object) -> Answer:
         return protocol.reply(header.unique)
 
+    def _interrupt(self, header: Header, body: protocol.InterruptIn) -> Answer:
+        """Let go of who is killed while it waits for us: the kernel lets it die with an answer only. Any
+        other signal can wait: programs do not expect EINTR of files, and every request is bounded."""
+        asker = self._under_way.get(body.unique, 0)
+        return protocol.error(body.unique, errno.EINTR) if asker and _is_killed(asker) else None
+
     def _ignore(self, header: Header, body: object) -> Answer:
         return None
 
@@ -363,6 +373,16 @@ class Session:
         if not found.node:
             return protocol.encode_negative(found.entry_timeout)
         return protocol.encode_entry(found.node, self._attr(found), found.entry_timeout, found.attr_timeout)
+
+
+def _is_killed(thread: int) -> bool:
+    """Whether SIGKILL is pending for a thread, as every signal is that ends its process."""
+    try:
+        with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as status:
+            pending = next(line for line in status if line.startswith("SigPnd:"))
+    except (OSError, StopIteration):
+        return False  # gone, or in another pid name space
+    return bool(int(pending.split()[1], 16) >> (signal.SIGKILL - 1) & 1)
 
 
 def _sized(header: Header, room: int, value: bytes) -> Answer:

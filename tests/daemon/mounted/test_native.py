@@ -28,6 +28,7 @@ from fuse import mountpoint
 from fuse.filesystem import FETCHED_AT_OPEN
 from tests.daemon.mounted.conftest import Daemon, Start
 from tests.daemon.mounted.test_reading import EAGER, put
+from tests.support.faulty_s3 import FaultyS3, Stall
 from tests.support.reading import until
 
 IMMUTABLE = IndexSettings(consistency=Consistency.IMMUTABLE)
@@ -530,3 +531,21 @@ def test_no_errors_but_those_that_are_meant(any_way: Daemon, random_file: bytes)
     with pytest.raises(OSError) as refused:
         os.open(any_way.directory / "f", os.O_RDWR)
     assert refused.value.errno == errno.EROFS
+
+
+def test_a_reader_that_is_killed_dies_though_the_store_is_silent(daemon: Start) -> None:
+    """The kernel keeps it until it is answered: that is at once; and no other signal ends an open or read."""
+    with FaultyS3({"small": b"x" * 1000}) as store:
+        store.add("get", *[Stall()] * 50)
+        one = daemon(start=False)
+        point = MountPoint("s3://bucket", options={"endpoint": store.endpoint, "anonymous": "true"})
+        one.settings = replace(one.settings, dataset=Dataset("test", (point,)))
+        one.start()
+        assert one.answer.get("ok"), one.answer
+        reader = subprocess.Popen(["cat", one.directory / "small"], stdout=subprocess.DEVNULL)
+        until(lambda: store.count("get") > 0)
+        reader.send_signal(signal.SIGWINCH)  # which cat does not care for
+        with pytest.raises(subprocess.TimeoutExpired):
+            reader.wait(0.5)
+        reader.kill()
+        assert reader.wait(4) == -signal.SIGKILL, "less than --stall-timeout, let alone --timeout"
