@@ -201,7 +201,7 @@ class Datacache(System):
     def pids(self) -> list[int]:
         with contextlib.suppress(subprocess.CalledProcessError):
             found = psutil.Process(int(str(self.status()["pid"])))
-            return [found.pid, *(child.pid for child in found.children())]
+            return [found.pid, *(child.pid for child in found.children(recursive=True))]
         return []
 
     def requests(self) -> int:
