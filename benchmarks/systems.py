@@ -135,10 +135,6 @@ class System:
         self.stop()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def cpu(self) -> Cpu:
-        """Processor time that its processes have had."""
-        return processor_time(self.pids())
-
     def memory(self) -> int:
         """Peak resident bytes of its processes."""
         total = 0
@@ -283,6 +279,12 @@ def mounted(system: System) -> Iterator[System]:
         yield system
     finally:
         system.down()
+
+
+def times_dropped() -> int:
+    """How often anybody on this machine has emptied the kernel's caches since it booted."""
+    fields = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(fields["drop_pagecache"]) + int(fields["drop_slab"])
 
 
 def drop_page_cache() -> None:
