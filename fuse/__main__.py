@@ -8,7 +8,8 @@ unmounts it or it is told to end.
 
 With the portable driver this one process mounts and serves. With the native driver it is the broker,
 which mounts and starts this program again, with `--handover`, as the daemon that serves; and again
-when that one has died.
+when that one has died. With `--fd` the broker keeps a connection that somebody else opened and mounted, as
+a CSI driver does: it then neither mounts nor unmounts.
 
 Everything that is built is on one stack: whatever happens, and wherever, it is taken down in reverse
 order, and nothing stays mounted, locked or registered. Only after a SIGKILL something does: a stale

@@ -34,6 +34,8 @@ _PROBE_TIMEOUT = 2.0
 _HOLDERS_TIMEOUT = 2.0
 """Seconds spent on finding out who keeps a mount busy."""
 _HOLDERS_NAMED = 5
+_LET_GO = 2.0
+"""Seconds in which those who waited for a mount that was aborted leave it."""
 _SYMLINKS = 40  # as the kernel
 
 _CAP_SYS_ADMIN = 21
@@ -175,6 +177,10 @@ def unmount(directory: str, *, lazy: bool = False, force: bool = False) -> None:
         raise MountError(f"{directory} is not mounted by datacache")
     if os.geteuid() == 0:
         problem = _umount2(mount.directory, lazy=lazy, force=force)
+        let_go = time.monotonic() + _LET_GO
+        while force and "busy" in problem and time.monotonic() < let_go:
+            time.sleep(0.02)  # what has failed by force, our own probe too, has yet to let go
+            problem = _umount2(mount.directory, lazy=lazy, force=force)
     elif force:
         raise MountError("only root can unmount by force; try --lazy")
     else:
