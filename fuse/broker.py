@@ -50,11 +50,11 @@ waits for the first one."""
 STOP = 10.0
 """Seconds that a daemon which was told to end is given before it is killed. Its cache survives that, and
 what it left unanswered is sent to the next one."""
-TRIES = 5
+TRIES = 6
 """Daemons that die young, one after the other, before no more are started."""
 YOUNG = 20.0
 """Seconds of life up to which a death counts as young."""
-_BACKOFF, _BACKOFF_MAX = 0.05, 5.0
+_BACKOFF, _BACKOFF_MAX = 0.25, 5.0
 """Seconds between a death and the next daemon: doubled with each young one."""
 _ASK_TIMEOUT = 2.0
 """Seconds for a request to arrive whole: nothing else is done meanwhile."""

@@ -228,7 +228,10 @@ WAYS = [
 def test_readers_do_not_notice_that_the_daemon_is_killed(
     ranged: Ranged, filled: Path, io: IO, index: IndexSettings
 ) -> None:
-    """No ENOTCONN, no EIO, no wrong byte: not for what is held open in passthrough, mapped or served, not
+    """After `kill -9` of the daemon, whoever reads waits a moment and gets the right bytes. Files that are
+    open, passed through, mapped or served, go on, and can be opened again.
+
+    No ENOTCONN, no EIO, no wrong byte: not for what is held open in passthrough, mapped or served, not
     for what is opened again, not for a directory that is being read."""
     one = ranged(io=io, index=index)
     with Load(one) as load:
@@ -248,7 +251,7 @@ def test_readers_do_not_notice_that_the_daemon_is_killed(
 @pytest.mark.parametrize("io", [IO.PASSTHROUGH, IO.PAGECACHE])
 def test_a_hundred_kills(ranged: Ranged, filled: Path, io: IO, capfd: pytest.CaptureFixture[str]) -> None:
     """The same at random moments, with what one reader has held open since before the first of them. Not
-    more than four in a row that young, or the mount would be given up."""
+    more than five in a row that young, or the mount would be given up."""
     one = ranged(io=io, index=SHORT)
     rng, stalls, old = random.Random(6), [], 0.0
     with Load(one) as load:
@@ -499,7 +502,8 @@ def give_up(one: Daemon) -> None:
 
 
 def test_a_daemon_that_keeps_dying_is_given_up_and_an_upgrade_revives_it(daemon: Start, filled: Path) -> None:
-    """What waits then fails with EIO instead of hanging; what is asked later, too; until an upgrade."""
+    """A daemon that keeps dying is given up, and then requests fail with EIO instead of hanging: what waits,
+    and what is asked later; until an upgrade."""
     one = daemon(io=IO.SERVED)
     with ThreadPoolExecutor(1) as pool, open(one.directory / "large", "rb", 0) as file:
         (pid,) = daemons(one)
