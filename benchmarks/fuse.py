@@ -114,12 +114,17 @@ def prepared(system: System) -> Iterator[Ours]:
         yield system
 
 
+COLD_PAIRS = 3
+"""Pairs of each cold measurement in a round."""
+
+
 class Run:
     """Measures, and remembers."""
 
     def __init__(self, root: Path, scale: Scale) -> None:
         self.root, self.scale = root, scale
         self.rows: dict[str, dict[str, list[float]]] = {}
+        self.chance = random.Random(7)
         self.console = Console(stderr=True)
 
     def note(self, row: str, system: str, figure: float) -> None:
@@ -211,11 +216,12 @@ def shuffled(paths: list[str], seed: int) -> list[str]:
 def large(run: Run, data: Path, system: System, *, beside: bool) -> None:
     """`beside`: a system that has no bar to meet, so of each kind of work one is enough."""
     pids = system.pids()
-    for work in large_work(run.scale):
-        if beside and work.readers > 1:
-            continue
+    works = [work for work in large_work(run.scale) if not beside or work.readers == 1]
+    # The disk of a shared machine reads at one of two speeds, by chance: more pairs, in either order.
+    for work in [work for work in works for _ in range(COLD_PAIRS if work.cold else 1)]:
         rates, cpu = {}, Cpu()
-        for name, base in (("native", str(data)), (system.name, str(system.mount))):
+        pair = [("native", str(data)), (system.name, str(system.mount))]
+        for name, base in run.chance.sample(pair, 2):
             paths = [f"{base}/{path}" for path in work.paths]
             # Before a warm reading, too: it takes longer from the single pages that random reads have left
             # than from the large folios of a sequential one.
