@@ -216,9 +216,9 @@ def shuffled(paths: list[str], seed: int) -> list[str]:
 def large(run: Run, data: Path, system: System, *, beside: bool) -> None:
     """`beside`: a system that has no bar to meet, so of each kind of work one is enough."""
     pids = system.pids()
-    works = [work for work in large_work(run.scale) if not beside or work.readers == 1]
+    kinds = [work for work in large_work(run.scale) if not beside or work.readers == 1]
     # The disk of a shared machine reads at one of two speeds, by chance: more pairs, in either order.
-    for work in [work for work in works for _ in range(COLD_PAIRS if work.cold else 1)]:
+    for work in [kind for kind in kinds for _ in range(COLD_PAIRS if kind.cold else 1)]:
         rates, cpu = {}, Cpu()
         pair = [("native", str(data)), (system.name, str(system.mount))]
         for name, base in run.chance.sample(pair, 2):
