@@ -68,8 +68,8 @@ $(KEEP)/demo-data/.complete:
 
 .PHONY: demo
 demo: setup ## mount a bucket, prewarm it, read two epochs of it, and see what it did (S3=http://... for your own server)
-	@$(if $(S3),,$(MAKE) --no-print-directory s3-server || echo "no versitygw: the demo takes moto")
-	@$(MAKE) --no-print-directory $(KEEP)/demo-data/.complete || echo "no Debian packages: the demo takes Python's own files"
+	@$(if $(S3),,$(MAKE) -s --no-print-directory s3-server || echo "no versitygw: the demo takes moto")
+	@$(MAKE) -s --no-print-directory $(KEEP)/demo-data/.complete || echo "no Debian packages: the demo takes Python's own files"
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/datacache demo $$([ -e $(KEEP)/demo-data/.complete ] && echo --data $(KEEP)/demo-data) $(if $(S3),--s3 $(S3))
 
 .PHONY: test

@@ -319,7 +319,15 @@ def source_findings(source: "Source") -> Iterator[Finding]:
     if small is not None:
         yield _first_byte(source, small.key)
     traits = source.traits
-    if traits.conditional:
+    untagged = next((o.key for o in objects if not (o.version.etag or o.version.version_id)), None)
+    if traits.conditional and untagged is not None:
+        yield Finding(
+            "versions", "warn",
+            f"no entity tag for {untagged!r}: what has none is told apart by size and time, "
+            "and each fetch of it is checked by two more requests",
+            "objects written through the store's own API have one",
+        )  # fmt: skip
+    elif traits.conditional:
         yield Finding("versions", "ok", "reads are conditional on the version")
     else:
         yield Finding("versions", "warn", "no conditional reads: each fetch is checked by two more requests")

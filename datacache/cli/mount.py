@@ -379,12 +379,15 @@ def _ask_the_store(directory: str) -> None:
     if worker is None:
         return  # unmounted in the meantime
     try:
-        targets.Place(worker, "/").control(timeout=STORE_TIMEOUT).list("/", limit=1)
+        entries, _ = targets.Place(worker, "/").control(timeout=STORE_TIMEOUT).list("/", limit=1)
     except (NotFound, Denied):
         raise
     except DatacacheError as error:
         why = f"nothing within {STORE_TIMEOUT:.0f} s" if isinstance(error, ControlError) else error
         _say(f"warning: mounted, but its store does not answer ({why}); what is cached is served")
+        return
+    if not entries:
+        _say(f"warning: mounted, but there is nothing below {', '.join(worker.uris)}; check the prefix")
 
 
 def _tell_systemd(state: str) -> None:

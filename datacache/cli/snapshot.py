@@ -6,6 +6,7 @@ nothing of the objects is fetched.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -16,7 +17,7 @@ from datacache.cli import flags, targets
 from datacache.cli.main import UsageError
 from datacache.cli.tables import as_json, columns, printable, when
 from datacache.clock import Clock, SystemClock
-from datacache.errors import SettingError
+from datacache.errors import DatacacheError, MountError, SettingError
 from datacache.model import format_size
 
 if TYPE_CHECKING:
@@ -62,8 +63,10 @@ def run(args: argparse.Namespace) -> int:
     mounted = names.pop(0) if not uris and len(names) == ACTIONS[args.action] + 1 else ""
     if len(names) != ACTIONS[args.action]:
         wanted = ("no snapshot name", "the name of a snapshot", "the names of two snapshots")
+        given = uris or names or getattr(args, "config", None)
+        of = "" if given else "the data set (URI, mount or name) and "
         raise UsageError(
-            f"snapshot {args.action}: {wanted[ACTIONS[args.action]]} expected, "
+            f"snapshot {args.action}: {of}{wanted[ACTIONS[args.action]]} expected, "
             f"not {' '.join(names) or 'nothing'}"
         )
     settings = _of_mounted(args, mounted) if mounted else flags.read(args, uris)
@@ -145,9 +148,24 @@ def _diff(settings: "Settings", old: str, new: str, *, json: bool) -> int:
     return 0
 
 
+def _mounted(settings: "Settings", name: str) -> str:
+    """Where the snapshot is mounted; empty where no mount that answers shows it."""
+    for worker in targets.live():
+        if not worker.mount or worker.dataset != settings.dataset.name:
+            continue
+        with contextlib.suppress(DatacacheError):
+            status = targets.Place(worker, "/").control().status()
+            if (status.get("state"), status.get("snapshot")) == (settings.state, name):
+                return worker.mount
+    return ""
+
+
 def _remove(settings: "Settings", name: str, *, json: bool) -> int:
     from datacache.index.snapshot import remove_snapshot
 
+    if mount := _mounted(settings, name):
+        # A daemon that dies, or is upgraded, opens it again.
+        raise MountError(f"snapshot {name} is mounted at {mount}; `datacache umount {mount}` first")
     remove_snapshot(settings.state, name)
     if json:
         print(as_json({"removed": name}))

@@ -48,7 +48,14 @@ def run(args: argparse.Namespace) -> int:
     directory = real(directory)
     settings: Settings | None = None
     if uris or flags.setting_flags(args):
-        settings = flags.read(args, uris, directory=directory)
+        try:
+            settings = flags.read(args, uris, directory=directory)
+        except SettingError as error:
+            if error.name == "URI" and not error.value:
+                raise SettingError(
+                    "URI", "", "what the mount shows, beside flags: all settings are given anew, as for mount"
+                ) from error
+            raise
         directory = settings.mount.directory
     if not directory:
         raise SettingError("DIR", "", "the directory of the mount, as the last argument")

@@ -157,6 +157,13 @@ def _name(text: str) -> str:
     return text
 
 
+def _snapshot(text: str) -> str:
+    # As `datacache.index.snapshot` takes it.
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text, re.ASCII):
+        raise ValueError
+    return text
+
+
 # A bucket or host, which only file:/// does without. `::` chains fsspec's schemes (simplecache::s3://...).
 _URI = re.compile(r"(?P<scheme>([A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.+)", re.ASCII)
 
@@ -172,6 +179,7 @@ TEXT = Kind("a text", _text)
 REGION = Kind("the name of a region, such as eu-west-1", _region)
 _BOOLEAN = Kind("true or false", {"true": True, "false": False}.__getitem__, lambda value: str(value).lower())
 PATH = Kind("an absolute path", _path)
+SNAPSHOT = Kind("1 to 64 letters, digits, dots, dashes and underscores", _snapshot)
 NAME = Kind("letters, digits, dots, dashes and underscores, up to 100, the first a letter or digit", _name)
 URI = Kind("a URI such as s3://bucket/prefix, oss://bucket, https://host/data or file:///data", _uri)
 _MODE = Kind("permission bits in octal, such as 0444", _mode, "{:04o}".format)
@@ -234,7 +242,7 @@ KEYS: Mapping[str, Key] = {
         Key("consistency", "index.consistency", _choice(Consistency, Consistency)),
         Key("ttl", "index.ttl", _duration(0, INF)),
         Key("strict", "index.strict", _BOOLEAN),
-        Key("snapshot", "index.snapshot", NAME),
+        Key("snapshot", "index.snapshot", SNAPSHOT),
         Key("directory", "mount.directory", PATH),
         Key("driver", "mount.driver", _choice(("auto", "native", "pyfuse3"))),
         Key("io", "mount.io", _choice(IO, IO)),

@@ -30,6 +30,7 @@ BY_CODE: Mapping[str, type[SourceError]] = {
     "AllAccessDisabled": Denied,
     "AccountProblem": Denied,
     "InvalidAccessKeyId": Denied,
+    "XAdminUserNotFound": Denied,  # versitygw, with 404
     "SignatureDoesNotMatch": Denied,
     "RequestTimeTooSkewed": Denied,
     "AuthorizationHeaderMalformed": Denied,
@@ -82,6 +83,7 @@ BY_STATUS: Mapping[int, type[SourceError]] = {
 _ADVICE: Mapping[str, str] = {
     "NoSuchBucket": "check the bucket's name and the endpoint",
     "InvalidAccessKeyId": "the store does not know this access key; check the credentials and the endpoint",
+    "XAdminUserNotFound": "the store does not know this access key; check the credentials and the endpoint",
     "SignatureDoesNotMatch": "the secret key does not fit the access key",
     "RequestTimeTooSkewed": "the clock of this machine is wrong; set it",
     "AuthorizationHeaderMalformed": "set the option region to the bucket's region",
@@ -106,7 +108,7 @@ _SAID: Mapping[type[SourceError], str] = {
 # Codes for which other credentials may help: a rotated file, a renewed token.
 KEY_TROUBLE = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "SecurityTokenExpired",
-     "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+     "InvalidToken", "InvalidAccessKeyId", "XAdminUserNotFound", "SignatureDoesNotMatch"}
 )  # fmt: skip
 
 _BLANK = re.compile(r"\s+")

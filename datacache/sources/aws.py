@@ -74,10 +74,10 @@ from datacache.errors import (
     Unsupported,
     WrongBytes,
 )
-from datacache.model import ByteRange, ObjectInfo, Version
+from datacache.model import ByteRange, ObjectInfo
 from datacache.sources.answers import failure, parse_retry_after
 from datacache.sources.keyfile import Keys, read_keys
-from datacache.sources.listing import ARCHIVED, Listing, entity_tag, parse_listing
+from datacache.sources.listing import ARCHIVED, Listing, entity_tag, parse_listing, version_of
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -442,11 +442,13 @@ class S3Client:
         if "content-length" not in headers:
             raise WrongBytes(f"{self._name(key)}: the store does not state its size")
         modified = answer.get("LastModified")
+        size = int(headers["content-length"])
+        mtime_ns = round(modified.timestamp()) * 1_000_000_000 if modified else 0
         return ObjectInfo(
             key,
-            int(headers["content-length"]),
-            Version(entity_tag(answer.get("ETag"))),
-            round(modified.timestamp()) * 1_000_000_000 if modified else 0,
+            size,
+            version_of(entity_tag(answer.get("ETag")), "", size=size, mtime_ns=mtime_ns),
+            mtime_ns,
             # An archived object that was restored says so, and can be read.
             answer.get("StorageClass") in ARCHIVED
             and 'ongoing-request="false"' not in answer.get("Restore", ""),

@@ -390,6 +390,8 @@ def _make(uri: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
         raise SettingError("URI", redact(uri), f"a scheme whose package is installed ({error})") from error
     except (ValueError, TypeError, AttributeError) as error:  # the last where a URI needs another behind it
         raise SettingError("URI", redact(uri), f"what fsspec understands ({redact(str(error))})") from error
+    except OSError as error:  # some constructors connect (ftp)
+        raise Unavailable(f"{redact(uri)} cannot be had right now ({redact(str(error))})") from error
     # Not as an option: some constructors hand options they do not know to the network.
     if isinstance(cache := getattr(fs, "dircache", None), DirCache):
         cache.use_listings_cache = False

@@ -45,6 +45,15 @@ def timestamp_ns(text: str | None) -> int:
         return 0
 
 
+def version_of(tag: str, version_id: str, *, size: int, mtime_ns: int) -> Version:
+    """What tells an object's bytes from others. Some stores have objects without an entity tag: versitygw
+    those that were put into its directory behind its back. Size and time do then, in the whole seconds
+    that a HEAD knows of it."""
+    if tag or version_id:
+        return Version(tag, version_id)
+    return Version(stamp=f"{size}-{mtime_ns // 1_000_000_000 * 1_000_000_000}")
+
+
 def parse_listing(body: bytes, *, root: str, thing: str) -> Listing:
     """The page of ListObjectsV2 or ListObjectVersions that `body` holds.
 
@@ -97,15 +106,10 @@ def _objects(tree: ET.Element, space: str, *, encoded: bool, root: str, versions
         tag = fields.get(tag_) or ""
         if tag and tag[0] not in '"W':
             tag = entity_tag(tag)
-        found.append(
-            ObjectInfo(
-                key[skip:],
-                int(fields.get(size_) or ""),
-                Version(tag, fields.get(id_) or "" if versions else ""),
-                timestamp_ns(fields.get(time_)),
-                fields.get(class_) in ARCHIVED,
-            )
-        )
+        size, mtime_ns = int(fields.get(size_) or ""), timestamp_ns(fields.get(time_))
+        version_id = fields.get(id_) or "" if versions else ""
+        version = version_of(tag, version_id, size=size, mtime_ns=mtime_ns)
+        found.append(ObjectInfo(key[skip:], size, version, mtime_ns, fields.get(class_) in ARCHIVED))
     return found
 
 

@@ -22,6 +22,7 @@ from datacache.errors import (
 )
 from datacache.model import ByteRange, MountPoint, ObjectInfo, Version
 from datacache.sources.aws import Bucket, Credentials, S3Client
+from datacache.sources.checked import CheckedSource
 from datacache.sources.objectstore import can_name, s3_store
 from datacache.sources.opening import open_raw
 from datacache.sources.source import Source
@@ -227,6 +228,29 @@ def test_a_stat_renews_expired_credentials_too(tmp_path: Path) -> None:
         with pytest.raises(NotFound, match="1024 bytes"):
             source.stat("x" * 1025)
         assert server.asked("HEAD").count("/bucket/key") == 2
+
+
+@pytest.mark.parametrize("key", [PLAIN, ODD])
+def test_an_object_without_an_entity_tag_is_read_and_seen_to_change(key: str) -> None:
+    """versitygw has none for what was put into its directory: a listing and a HEAD agree on size and time."""
+    listed = (
+        f"<ListBucketResult><Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.500Z</LastModified>"
+        "<ETag></ETag><Size>10</Size></Contents></ListBucketResult>"
+    )
+    date = DATE
+
+    def script(request: Request) -> Answer:
+        if "list-type" in request.path:
+            return Answer(200, listed.encode())
+        return Answer(200, BODY, {"Last-Modified": date})
+
+    with s3(script) as (source, _):
+        checked = CheckedSource(source)
+        ((found,),) = (page.objects for page in checked.list("", recursive=True))
+        assert bytes(checked.read(found, ByteRange(0, 10))) == BODY
+        date = "Thu, 01 Jan 2026 00:00:01 GMT"
+        with pytest.raises(VersionChanged):
+            checked.read(found, ByteRange(0, 10))
 
 
 def test_credentials_that_stay_expired_are_an_error() -> None:

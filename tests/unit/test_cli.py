@@ -37,7 +37,7 @@ from datacache.errors import (
     Unavailable,
     Unsupported,
 )
-from datacache.model import Buffer, ByteRange, GiB, Medium, MiB, MountPoint, ObjectInfo
+from datacache.model import Buffer, ByteRange, GiB, Medium, MiB, MountPoint, ObjectInfo, Version
 from datacache.reading.job import LoadRequest, LoadStatus
 from datacache.sources.memory import MemorySource
 from datacache.sources.source import Page
@@ -894,6 +894,11 @@ def test_doctor_reads_from_a_store() -> None:
         "store": "ok", "read": "ok", "versions": "ok", "snapshots": "ok",
     }  # fmt: skip
     assert "2 entries" in found["store"].text
+    untagged = MemorySource(objects={"a": b"1"})
+    page = next(untagged.list("", recursive=True))
+    page.objects[0] = page.objects[0]._replace(version=Version(stamp="1-1"))
+    untagged.list = lambda *_, **__: iter([page])  # type: ignore[method-assign]
+    assert {f.check: f.state for f in doctor.source_findings(untagged)}["versions"] == "warn"
     empty = next(iter(doctor.source_findings(MemorySource())))
     assert (empty.state, "nothing below it" in empty.text) == ("warn", True)
 
@@ -1109,6 +1114,35 @@ def test_snapshots_of_a_mounted_data_set(worker: FakeControl, bucket: str, say: 
     assert (code, "--ttl" in err) == (2, True)
     worker.more["manifest"] = "s3://b/list.jsonl"
     assert say("snapshot", "create", "images", "two")[0] == 2
+
+
+def test_a_snapshot_that_is_mounted_is_not_removed(
+    worker: FakeControl, bucket: str, say: Said, tmp_path: Path
+) -> None:
+    """The next daemon of that mount would not find it."""
+    worker.more = {
+        "dataset": "images", "state": f"{tmp_path}/own", "manifest": "", "snapshot": "one",
+        "mounts": [{"uri": bucket, "path": "/", "options": {}}],
+    }  # fmt: skip
+    for name in ("one", "two"):
+        assert say("snapshot", "create", "images", name)[0] == 0
+    code, _, err = say("snapshot", "rm", "images", "one")
+    assert (code, f"snapshot one is mounted at {tmp_path}/mnt" in err) == (1, True)
+    assert say("snapshot", "rm", "images", "two")[0] == 0
+    worker.more["snapshot"] = ""
+    assert say("snapshot", "rm", "images", "one")[0] == 0
+
+
+def test_a_snapshot_of_nothing_asks_for_the_data_set_too(say: Said) -> None:
+    """Not only for the name of the snapshot."""
+    code, _, err = say("snapshot", "create")
+    assert (code, "the data set (URI, mount or name) and the name of a snapshot" in err) == (2, True)
+
+
+def test_an_upgrade_with_flags_alone_says_that_all_settings_are_given_anew(say: Said, tmp_path: Path) -> None:
+    """Only DIR keeps the settings; a flag beside it changes not just one of them."""
+    code, _, err = say("upgrade", str(tmp_path), "--memory", "512MiB")
+    assert (code, "all settings are given anew" in err) == (2, True)
 
 
 def test_a_snapshot_in_the_making_is_counted(clock: VirtualClock, capsys: pytest.CaptureFixture[str]) -> None:

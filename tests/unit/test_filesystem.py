@@ -450,6 +450,12 @@ def test_a_scheme_is_known_before_anything_starts() -> None:
         check_scheme("dropbox://x")  # fsspec knows it; its package is none of ours
 
 
+def test_a_constructor_that_cannot_connect_is_a_store_that_is_away() -> None:
+    """fsspec's FTP connects when it is made: no internal error, and no setting that is wrong."""
+    with pytest.raises(Unavailable, match=r"ftp://127.0.0.1:1/x cannot be had right now"):
+        FsspecSource("ftp://127.0.0.1:1/x", settings=QUICK)
+
+
 def test_options_in_words() -> None:
     """true and false are no text, and listings are not kept by fsspec."""
     source = FsspecSource("local:///tmp", settings=QUICK, options={"auto_mkdir": "false"})

@@ -30,6 +30,14 @@ def test_an_object_is_read_whole_with_and_without_a_namespace(space: str) -> Non
     assert page.next == {}
 
 
+def test_an_object_without_a_tag_is_told_apart_by_size_and_time() -> None:
+    """Else an overwritten one would be taken for the one before. HEAD knows whole seconds."""
+    page = parse(contents("a", tag="") + contents("b", size=6).replace("<ETag>&quot;aa&quot;</ETag>", ""))
+    assert [o.version for o in page.objects] == [
+        Version(stamp="5-1767323045000000000"), Version(stamp="6-1767323045000000000"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "archived"),
     [("GLACIER", True), ("DEEP_ARCHIVE", True), ("GLACIER_IR", False), ("STANDARD_IA", False)],
