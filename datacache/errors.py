@@ -28,7 +28,8 @@ hold a secret. The cause is always chained.
     + IsADirectory
     + NoSuchSnapshot
     + SnapshotExists
-  x IndexBroken           the database of names fails: full disk, I/O error, damage
+  x IndexBroken           the database of names fails: I/O error, damage
+    + IndexFull           ... or its disk has no room for what is new
   x MountError            the kernel, the mount point, or the way to it
   x ControlError          a running mount that cannot be reached, or refuses
 """
@@ -147,7 +148,11 @@ class SnapshotExists(NamespaceError):
 
 
 class IndexBroken(DatacacheError):
-    """The database of names fails (full disk, I/O error, damage); the store is not to blame."""
+    """The database of names fails (I/O error, damage); the store is not to blame."""
+
+
+class IndexFull(IndexBroken):
+    """There is no room to remember new names; what was known can be told."""
 
 
 class MountError(DatacacheError):

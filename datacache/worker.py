@@ -12,6 +12,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,15 @@ def _keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+def _take_descriptors() -> None:
+    """Open as many files as the hard limit allows: the soft one is 1,024 by custom, for programs that use
+    select(2), and a file that the kernel reads itself takes two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 # M_ARENA_MAX: what one thread frees another can use. M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD at its most.
 _MALLOC = ((-8, 2), (-1, 512 * MiB), (-3, 32 * MiB))
 
@@ -81,6 +91,7 @@ class Worker:
         resumed: bool = False, index: str = "",
     ) -> None:  # fmt: skip
         _keep_freed_memory()
+        _take_descriptors()
         self.clock = clock or SystemClock()
         self.mount = mount
         self._pid = pid or os.getpid()

@@ -208,7 +208,10 @@ class Answerers:
         while True:
             with self._lock:
                 ends = {child.ended: child for child in self._children}
-            ready, _, _ = select.select([self._stop, *ends], [], [])
+            waiting = select.poll()  # descriptors beyond 1,023 are none to select(2)
+            for end in (self._stop, *ends):
+                waiting.register(end, select.POLLIN)
+            ready = [end for end, _ in waiting.poll()]
             if self._stop in ready:
                 return
             for end in ready:

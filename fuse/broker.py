@@ -318,7 +318,7 @@ class Broker:
             self._served = True
             self._mounted()
         elif self._asking is not None and self._asking.replaces != daemon.life:
-            self._settings = load_settings(self._text)
+            self._settings, self._deaths = load_settings(self._text), 0
             log.info("upgraded: process %d serves", daemon.process.pid)
             self._tell(ok=True, pid=daemon.process.pid)
         else:

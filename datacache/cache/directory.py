@@ -48,7 +48,8 @@ class DirectoryTier:
         boot: str | None = None,
         keeper: bool = True,
     ) -> None:
-        """Own the directory. Raises Locked, and OSError where it cannot be made or written.
+        """Own the directory. Raises Locked, and OSError where it cannot be made or written. A medium that is
+        full or fails at this moment is set aside, as it would be later: reads go on without it.
 
         `boot` names this boot of the machine; without `keeper` nobody but the caller calls `upkeep`.
         """
@@ -67,7 +68,13 @@ class DirectoryTier:
         self._retry_at = 0.0
         self._start_over = False
         self._last = (0, 0, "", 0, 0)
-        self._store = self._open_store()
+        try:
+            self._store = self._open_store()
+        except (OSError, sqlite3.Error) as error:
+            if not _passes(error):
+                raise
+            self._reason, self._retry_at = _cause(error), clock.monotonic() + RETRY_EVERY
+            log.warning("cache tier %s is set aside: %s. It is tried again", self.name, self._reason)
         self._device = os.stat(path).st_dev
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -452,6 +459,13 @@ class LentFile:
             self._store.release(self._entry)
         except (OSError, sqlite3.Error) as error:
             self._tier.trouble(self._store, error)
+
+
+def _passes(error: OSError | sqlite3.Error) -> bool:
+    """Whether what was in the way may be gone the next time: no room, or an error of the medium."""
+    if isinstance(error, OSError):
+        return error.errno in (*_FULL, errno.EIO)
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
 def _cause(error: Exception | None) -> str:

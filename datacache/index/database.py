@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 from uuid import uuid4
 
-from datacache.errors import IndexBroken, SettingError
+from datacache.errors import IndexBroken, IndexFull, SettingError
 from datacache.index import names
 from datacache.index.index import ROOT
 from datacache.model import Entry, Kind, ObjectInfo, Version
@@ -322,6 +322,8 @@ class Database:
             raise self._broken(error) from error
 
     def _broken(self, error: sqlite3.Error) -> IndexBroken:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+            return IndexFull(f"the index {self.path} has no room: {error}; make room on its disk")
         return IndexBroken(
             f"the index {self.path} fails ({error}); check the disk, or delete it: it is rebuilt"
         )

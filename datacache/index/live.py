@@ -30,7 +30,7 @@ from cachetools import LRUCache
 
 from datacache.clock import Clock
 from datacache.config.settings import Consistency, IndexSettings
-from datacache.errors import NoSuchPath, NotADirectory, NotFound, Unavailable, WrongBytes
+from datacache.errors import IndexFull, NoSuchPath, NotADirectory, NotFound, Unavailable, WrongBytes
 from datacache.index import names, walking
 from datacache.index.database import DIRECTORY, FILE, NO_MOUNT, Database, ListedRow, Merged
 from datacache.index.index import ROOT, IndexStats
@@ -125,6 +125,7 @@ class LiveIndex:
         self._directories: LRUCache[int, _Directory] = LRUCache(_DIRECTORIES)
         self._flights: dict[tuple[str, int], Future[None]] = {}
         self._stale = self._listings = 0
+        self._said_full = False
 
     def __repr__(self) -> str:
         return f"<LiveIndex {self._database.path} {self._listings} listings, {len(self._flights)} under way>"
@@ -311,11 +312,14 @@ class LiveIndex:
                     self._once("ask", child.ino, lambda: self._ask(parent, child))
                 else:
                     self._once("list", parent.ino, lambda: self._list(parent))
-            except Unavailable:
+            except (Unavailable, IndexFull) as error:
                 if directory.began is None or self._strict:
                     raise
                 with self._lock:
                     self._stale += 1
+                    said, self._said_full = self._said_full, self._said_full or isinstance(error, IndexFull)
+                if self._said_full and not said:
+                    _log.warning("%s; what was known before is served meanwhile", error)
                 return
             directory = self._directory(parent.ino)
 

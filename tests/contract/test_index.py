@@ -26,7 +26,7 @@ from datacache.errors import (
     Unavailable,
     WrongBytes,
 )
-from datacache.index import live
+from datacache.index import database, live
 from datacache.index.database import FORMER_MAX, VERSION_IN_SQL, locked
 from datacache.index.index import ROOT, Index
 from datacache.index.live import Check, LiveIndex, how_to_check
@@ -42,6 +42,7 @@ from datacache.model import Dataset, Entry, Kind, MountPoint, ObjectInfo, Versio
 from datacache.sources.faulty import Before, Fail, FaultySource, Hold
 from datacache.sources.memory import MemorySource
 from datacache.sources.source import Page, Source
+from tests.conftest import AnnouncedLogs
 from tests.contract.index_suite import IndexSuite, Opener, paths
 
 
@@ -1136,3 +1137,31 @@ def test_a_state_directory_that_cannot_be(tmp_path: Path, clock: VirtualClock) -
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingError, match="state"):
         Opened(str(tmp_path / "file"), clock).live([MemorySource()])
+
+
+def test_a_full_disk_serves_what_was_known(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, logs: AnnouncedLogs
+) -> None:
+    """What is new cannot be remembered; what was listed before is served and counted as stale, and said."""
+    logs.expect("has no room")
+    source = MemorySource(objects={"x": b"1"})
+    index = opened.live([source])
+    before = index.resolve("/x")
+    opened.close()
+
+    def full(uri: str) -> sqlite3.Connection:
+        connection = connect(uri)
+        connection.execute("PRAGMA max_page_count = 1")  # SQLite takes what there is now
+        return connection
+
+    connect = database._connect
+    monkeypatch.setattr(database, "_connect", full)
+    index = opened.live([source])
+    for i in range(2000):
+        source.put(f"a-new-object-with-a-long-name-{i:05}", b"")
+    opened.clock.advance(61)
+    assert index.resolve("/x") == before
+    assert index.stats().stale > 0
+    monkeypatch.setattr(database, "_connect", connect)
+    opened.close()
+    assert len(paths(opened.live([source]))) == 2001, "with room it goes on"

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from datacache.cache import directory
 from datacache.cache.directory import MANAGED, DirectoryTier, LentFile, Owner, Rules, read_owner
 from datacache.cache.policy import Space
+from datacache.cache.store import Store
 from datacache.cache.verify import verify
 from datacache.clock import VirtualClock
 from datacache.config.settings import Policy
@@ -1376,3 +1379,31 @@ def test_things_tell_what_they_are(start: Open) -> None:
     assert tier.store is not None and "epoch" in repr(tier.store.catalogue)
     file.close()
     assert "closed" in repr(file)
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR])
+def test_a_disk_that_is_full_when_it_is_opened_is_set_aside_and_comes_back(
+    start: Open, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch, logs: AnnouncedLogs, code: int
+) -> None:
+    """Else a daemon that is started again on a full disk could not start at all, and its mount were lost."""
+    logs.expect("is set aside")
+    tier = start()
+    put(tier, key("a"))
+    tier.close()
+
+    def no_room(*_: object, **__: object) -> Store:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = code
+        raise error
+
+    with monkeypatch.context() as full:
+        full.setattr(directory, "Store", no_room)
+        tier = start()
+        assert tier.stats()[0].state == "broken"
+        assert tier.present(key("a")) == 0
+        with pytest.raises(TierBroken):
+            put(tier, key("b"))
+    clock.advance(directory.RETRY_EVERY + 1)
+    tier.upkeep()
+    assert tier.stats()[0].state == "ok"
+    assert tier.present(key("a")) == key("a").size
