@@ -272,6 +272,8 @@ def _close_old_backings(device: "Device") -> None:
 
 def serve_portably(settings: Settings, *, mounted: Callable[[], None]) -> None:
     """Mount by pyfuse3, call `mounted` when it answers, serve until the mount is gone, take all down."""
+    if settings.mount.processes != 1:
+        raise SettingError("processes", settings.mount.processes, "1, with the pyfuse3 driver")
     from fuse.pyfuse import Mount
 
     directory = settings.mount.directory

@@ -1,6 +1,7 @@
 """What `python -m fuse` decides before it mounts."""
 
 import os
+import resource
 import signal
 import threading
 from dataclasses import replace
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from datacache import worker
 from datacache.clock import SystemClock
 from datacache.config.settings import IO, CacheSettings, IndexSettings, MountSettings, Settings, TierSettings
-from datacache.errors import NoSuchSnapshot
+from datacache.errors import NoSuchSnapshot, SettingError
 from datacache.index.snapshot import create_snapshot
 from datacache.model import Dataset, Medium, MiB, MountPoint
 from datacache.worker import opened_sources
@@ -86,8 +88,26 @@ def test_the_driver_goes_by_the_kernel(driver: str, release: str, native: bool) 
     assert mountpoint.is_native(driver, release) is native
 
 
+def test_the_portable_driver_has_one_process(settings: Settings) -> None:
+    """What it cannot do is said before anything is mounted, not passed over."""
+    several = replace(settings, mount=MountSettings(driver="pyfuse3", processes=2))
+    with pytest.raises(SettingError, match="processes"):
+        daemon.serve_portably(several, mounted=lambda: None)
+
+
+def test_a_worker_may_open_what_the_hard_limit_allows() -> None:
+    """The soft limit is for programs that use select(2)."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        worker._take_descriptors()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_settings_that_never_end_are_given_up_at_a_signal() -> None:
-    """Also when it comes between two reads, where a plain read would wait on."""
+    """Whoever sends them may be gone for good. (That no signal is lost between two reads cannot be timed.)"""
     read, write = os.pipe()
     main = threading.main_thread().ident
     assert main is not None

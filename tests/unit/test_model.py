@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from datacache.errors import SettingError
@@ -12,6 +12,7 @@ from datacache.model import ByteRange, CacheKey, Coverage, Version, format_size,
 spans = st.builds(lambda a, n: ByteRange(a, a + n), st.integers(0, 60), st.integers(0, 30))
 
 
+@example([(True, ByteRange(0, 2)), (False, ByteRange(1, 1))], ByteRange(0, 0))  # found, and rare
 @given(st.lists(st.tuples(st.booleans(), spans), max_size=30), spans)
 def test_coverage_is_a_set_of_bytes(steps: list[tuple[bool, ByteRange]], probe: ByteRange) -> None:
     """Coverage behaves as the plain set of the byte numbers that were added and not removed."""
