@@ -31,7 +31,16 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from systems import Cpu, Datacache, Rclone, System, drop_page_cache, processor_time, times_dropped
+from systems import (
+    Cpu,
+    Datacache,
+    Rclone,
+    System,
+    drop_page_cache,
+    memory_kept,
+    processor_time,
+    times_dropped,
+)
 
 HERE = Path(__file__).parent
 MiB, GiB = 1 << 20, 1 << 30
@@ -437,7 +446,8 @@ def main() -> None:
     args = parser.parse_args()
     scale = QUICK if args.quick else FULL
     only, names = set(args.only.split(",")), args.systems.split(",")
-    with tempfile.TemporaryDirectory(prefix="datacache-bench-", dir=args.scratch or None) as scratch:
+    scratch_at = tempfile.TemporaryDirectory(prefix="datacache-bench-", dir=args.scratch or None)
+    with memory_kept(), scratch_at as scratch:
         root = Path(scratch)
         run = Run(root, scale)
         run.console.print("making the data")

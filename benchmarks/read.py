@@ -29,7 +29,19 @@ from botocore.config import Config
 from obstore.store import S3Store
 from rich.console import Console
 from rich.table import Table
-from systems import KEY, REGION, SECRET, Datacache, Rclone, S3fs, Server, System, drop_page_cache, mounted
+from systems import (
+    KEY,
+    REGION,
+    SECRET,
+    Datacache,
+    Rclone,
+    S3fs,
+    Server,
+    System,
+    drop_page_cache,
+    memory_kept,
+    mounted,
+)
 
 HERE = Path(__file__).parent
 MiB = 1 << 20
@@ -307,7 +319,8 @@ def main() -> None:
     systems = [kinds[name] for name in args.systems.split(",")]
     only = set(filter(None, args.only.split(","))) or {"cold", "prewarm", "warm", "amplification", "memory"}
     repeats = 1 if args.quick else args.repeats
-    with tempfile.TemporaryDirectory(prefix="datacache-bench-", dir=args.scratch or None) as scratch:
+    scratch_at = tempfile.TemporaryDirectory(prefix="datacache-bench-", dir=args.scratch or None)
+    with memory_kept(), scratch_at as scratch:
         root = Path(scratch)
         server = Server(root)
         try:
