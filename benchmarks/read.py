@@ -13,7 +13,6 @@ turned round each repeat, so that drift of the machine hits all of them.
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from systems import (
     S3fs,
     Server,
     System,
+    clear_away,
     drop_page_cache,
     memory_kept,
     mounted,
@@ -143,7 +143,7 @@ def store_best(bucket: Bucket, keys: list[str], *, write_to: Path | None = None)
     best = 0.0
     for threads in (2, 4, 8, 16):
         if write_to is not None:
-            shutil.rmtree(write_to, ignore_errors=True)
+            clear_away(write_to)
             write_to.mkdir()
         begun = time.monotonic()
         with ThreadPoolExecutor(threads) as pool:
@@ -189,7 +189,7 @@ def prewarm(run: Run, repeat: int) -> None:
     for what, keys in (("large", bucket.large[:4]), ("small", bucket.small)):
         amount = sum(bucket.sizes[k] for k in keys) / MiB
         run.note(f"prewarm {what}, MiB/s", "client", store_best(bucket, keys, write_to=run.root / "written"))
-        shutil.rmtree(run.root / "written", ignore_errors=True)
+        clear_away(run.root / "written")
         with mounted(Datacache(run.root, bucket.server.endpoint, BUCKET)) as system:
             assert isinstance(system, Datacache)
             (run.root / "keys").write_text("\n".join("/" + k for k in keys))
@@ -218,7 +218,7 @@ def prewarm(run: Run, repeat: int) -> None:
             stderr=subprocess.DEVNULL,
         )
         run.note(f"prewarm {what}, MiB/s", "rclone", amount / (time.monotonic() - begun))
-        shutil.rmtree(target, ignore_errors=True)
+        clear_away(target)
 
 
 def warm(run: Run, systems: list[type[System]], repeat: int) -> None:

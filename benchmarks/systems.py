@@ -98,6 +98,24 @@ def processor_time(pids: Sequence[int]) -> Cpu:
     return Cpu(user / tick, system / tick)
 
 
+def clear_away(directory: Path) -> None:
+    """Empty every file of a directory and move it aside, until the whole run's scratch is removed.
+
+    Not removed at once: ext4 does not use an inode again that was freed in the last minutes, and looks at
+    each of them for every file that it makes. Whoever made files after a removal of 5,000 paid 1 ms for each.
+    """
+    if not directory.exists():
+        return
+    for where, _, names in os.walk(directory):
+        for name in names:
+            file = Path(where, name)
+            if file.is_file() and not file.is_symlink():
+                os.truncate(file, 0)
+    aside = directory.parent / "aside"
+    aside.mkdir(exist_ok=True)
+    directory.rename(aside / f"{directory.name}-{time.monotonic_ns()}")
+
+
 class System:
     """One mounted system. Without an `endpoint`, `bucket` is a local directory, which stands in for a store
     where no store is asked."""
@@ -112,7 +130,7 @@ class System:
 
     def up(self) -> None:
         """Mount with an empty cache."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        clear_away(self.scratch)
         self.mount.mkdir(parents=True)
         self.cache.mkdir()
         self.start()
@@ -134,7 +152,7 @@ class System:
         """Unmount and forget the cache."""
         self.peak = max(self.peak, self.memory())
         self.stop()
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        clear_away(self.scratch)
 
     def memory(self) -> int:
         """Peak resident bytes of its processes."""
