@@ -59,7 +59,16 @@ def versitygw(binary: str, *, versioning: bool = False) -> Iterator[S3Server]:
         objects.mkdir()
         versions.mkdir()
         port = _free_port()
-        command = [binary, "--quiet", "--access-log", str(log), "--port", f"127.0.0.1:{port}", "posix"]
+        command = [
+            binary,
+            "--quiet",
+            "--keep-alive",
+            "--access-log",
+            str(log),
+            "--port",
+            f"127.0.0.1:{port}",
+            "posix",
+        ]
         command += ["--versioning-dir", str(versions)] if versioning else []
         process = None
         try:

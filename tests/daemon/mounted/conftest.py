@@ -27,6 +27,7 @@ from datacache.config.settings import (
     Settings,
     TierSettings,
 )
+from datacache.errors import ControlError
 from datacache.model import Dataset, Medium, MiB, MountPoint
 from fuse import mountpoint
 
@@ -127,6 +128,12 @@ class Daemon:
     def status(self) -> dict[str, Any]:
         """What `datacache status` would show."""
         return self.control().status()
+
+    def status_if_any(self) -> dict[str, Any] | None:
+        """The same; None while a daemon has ended and the next does not answer yet."""
+        with contextlib.suppress(ControlError):
+            return self.status()
+        return None
 
     def control(self) -> ControlClient:
         found = self.registered()
