@@ -17,6 +17,7 @@ hold a secret. The cause is always chained.
     + Unavailable         network, 5xx, 429, stall: may pass by itself, so it is tried again
       - BreakerOpen       ... failed for so long that it is answered at once, until a probe succeeds
     + Unsupported         the store, or this client of it, cannot do this
+    + Stopped             a put was given up because whoever asked for it said so
   x CacheError            a copy, or the place of copies; readers go on without it
     + TierFull            no room here: not an illness
     + TierBroken          the medium fails; the tier is set aside
@@ -96,6 +97,10 @@ class BreakerOpen(Unavailable):
 
 class Unsupported(SourceError):
     """The store, or this client of it, cannot do what was asked."""
+
+
+class Stopped(SourceError):
+    """A put was given up by request of its caller; nothing of it is visible."""
 
 
 class CacheError(DatacacheError):

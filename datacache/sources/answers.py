@@ -42,6 +42,14 @@ BY_CODE: Mapping[str, type[SourceError]] = {
     "SecurityTokenExpired": CredentialsExpired,
     "InvalidObjectState": Archived,
     "PreconditionFailed": VersionChanged,
+    "ConditionalRequestConflict": VersionChanged,  # 409: somebody else writes the same key now
+    "BlobAlreadyExists": VersionChanged,
+    "BadDigest": WrongBytes,
+    "XAmzContentSHA256Mismatch": WrongBytes,
+    "XAmzContentChecksumMismatch": WrongBytes,
+    "IncompleteBody": Unavailable,
+    "NoSuchUpload": NotFound,
+    "EntityTooLarge": Unsupported,
     "InvalidRange": WrongBytes,
     "SlowDown": Unavailable,
     "ServiceUnavailable": Unavailable,
@@ -80,6 +88,14 @@ BY_STATUS: Mapping[int, type[SourceError]] = {
     501: Unsupported,
 }
 
+_ARRIVED = "did not arrive at the store as it was sent"
+_SAID_OF: Mapping[str, str] = {
+    "BadDigest": _ARRIVED,
+    "XAmzContentSHA256Mismatch": _ARRIVED,
+    "XAmzContentChecksumMismatch": _ARRIVED,
+    "ConditionalRequestConflict": "is being written by somebody else",
+}
+
 _ADVICE: Mapping[str, str] = {
     "NoSuchBucket": "check the bucket's name and the endpoint",
     "InvalidAccessKeyId": "the store does not know this access key; check the credentials and the endpoint",
@@ -95,8 +111,8 @@ _ADVICE: Mapping[str, str] = {
 
 _SAID: Mapping[type[SourceError], str] = {
     NotFound: "does not exist",
-    Denied: "is not readable with these credentials",
-    CredentialsExpired: "cannot be read: the credentials have expired",
+    Denied: "is refused to these credentials",
+    CredentialsExpired: "is refused: the credentials have expired",
     Archived: "is archived and must be restored before it can be read",
     VersionChanged: "no longer has the version that was asked for",
     WrongBytes: "does not have the range that was asked for",
@@ -127,7 +143,11 @@ def failure(
         kind = SourceError if 400 <= status < 500 else Unavailable
     said = " ".join(filter(None, [str(status or ""), code, _BLANK.sub(" ", message).strip()[:300]]))
     advice = _ADVICE.get(code, "")
-    text = f"{thing} {_SAID[kind]}" + (f" ({said})" if said else "") + (f"; {advice}" if advice else "")
+    text = (
+        f"{thing} {_SAID_OF.get(code) or _SAID[kind]}"
+        + (f" ({said})" if said else "")
+        + (f"; {advice}" if advice else "")
+    )
     if kind is Unavailable:
         return Unavailable(text, retry_after=retry_after)
     return kind(text)

@@ -18,9 +18,11 @@ import socket
 import threading
 import time
 import weakref
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -72,10 +74,11 @@ from datacache.errors import (
     SourceError,
     Unavailable,
     Unsupported,
+    VersionChanged,
     WrongBytes,
 )
-from datacache.model import ByteRange, ObjectInfo
-from datacache.sources.answers import failure, parse_retry_after
+from datacache.model import Buffer, ByteRange, ObjectInfo, Version
+from datacache.sources.answers import KEY_TROUBLE, failure, parse_retry_after
 from datacache.sources.keyfile import Keys, read_keys
 from datacache.sources.listing import ARCHIVED, Listing, entity_tag, parse_listing, version_of
 
@@ -300,6 +303,21 @@ class Credentials:
             raise _again(error) from error
         return keys
 
+    def signed(self, act: Callable[[], T]) -> T:
+        """What `act` returns; once more with other keys, where the store did not like the first."""
+        if self._bucket.anonymous:
+            return act()
+        used = self.get()
+        try:
+            return act()
+        except CredentialsExpired:
+            self.renew(used)
+        except Denied as error:
+            # A rotated key looks like this. The same keys would be refused again.
+            if not any(code in str(error) for code in KEY_TROUBLE) or self.renew(used) == used:
+                raise
+        return act()
+
     def _look(self) -> tuple[Keys | None, SourceError | None]:
         now, (_, known, _) = self._clock.monotonic(), self._current
         error: SourceError | None = None
@@ -376,6 +394,46 @@ class Fetched(NamedTuple):
     version_id: str
 
 
+class Looked(NamedTuple):
+    """The answer to a HEAD: with the user's metadata, and the headers that belong to the object, by the names
+    that a copy takes them by."""
+
+    info: ObjectInfo
+    metadata: Mapping[str, str]
+    headers: Mapping[str, Any]
+
+
+class Answer(NamedTuple):
+    """The answer to what was written."""
+
+    etag: str
+    mtime_ns: int
+    """By the store's clock, in whole seconds."""
+    opaque: bool
+    """The entity tag is of what the store encrypted, and tells nothing of the bytes."""
+
+
+Condition = Mapping[str, str]
+"""IfMatch or IfNoneMatch, or nothing."""
+_KEPT = (
+    "CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "StorageClass",
+)  # fmt: skip
+
+
+def _secret(answer: Mapping[str, Any]) -> bool:
+    return str(answer.get("ServerSideEncryption", "")).startswith("aws:kms") or bool(
+        answer.get("SSECustomerAlgorithm")
+    )
+
+
+def _body(data: Buffer) -> bytes | bytearray:
+    return bytes(data) if isinstance(data, memoryview) else data  # botocore takes no other
+
+
+def _base64(digest: bytes) -> str:
+    return b64encode(digest).decode()
+
+
 class S3Client:
     """What is asked of a bucket through botocore. Keys are whole here: with the bucket's prefix."""
 
@@ -425,6 +483,10 @@ class S3Client:
 
     def head(self, key: str, *, version_id: str = "") -> ObjectInfo:
         """Size, version and class of one object, under its whole key."""
+        return self.look(key, version_id=version_id).info
+
+    def look(self, key: str, *, version_id: str = "") -> "Looked":
+        """All that a HEAD tells of one object."""
         if len(key.encode("utf-8", "surrogatepass")) > _LONGEST_KEY:
             raise NotFound(
                 f"{self._name(key)[:200]}... does not exist: no key is longer than {_LONGEST_KEY} bytes"
@@ -444,7 +506,7 @@ class S3Client:
         modified = answer.get("LastModified")
         size = int(headers["content-length"])
         mtime_ns = round(modified.timestamp()) * 1_000_000_000 if modified else 0
-        return ObjectInfo(
+        info = ObjectInfo(
             key,
             size,
             version_of(entity_tag(answer.get("ETag")), "", size=size, mtime_ns=mtime_ns),
@@ -453,6 +515,8 @@ class S3Client:
             answer.get("StorageClass") in ARCHIVED
             and 'ongoing-request="false"' not in answer.get("Restore", ""),
         )
+        kept = {name: answer[name] for name in _KEPT if answer.get(name)}
+        return Looked(info, answer.get("Metadata") or {}, kept)
 
     def get(self, key: str, span: ByteRange | None, *, condition: str, version_id: str) -> Fetched:
         """The bytes of one object, or of `span` of it."""
@@ -476,6 +540,95 @@ class S3Client:
 
         return self._attempt(take, self._name(key), {"Key": key, **more})
 
+    def store(self, key: str, body: Buffer, *, md5: bytes, condition: Condition, **more: Any) -> Answer:
+        """Write one object in one request, which the store refuses should other bytes arrive."""
+        return self._write(
+            "put_object", key, {"Body": _body(body), "ContentMD5": _base64(md5)} | more, condition
+        )
+
+    def begin(self, key: str, **more: Any) -> str:
+        """Begin a multipart upload; its id."""
+        return str(self._ask("create_multipart_upload", self._name(key), Key=key, **more)["UploadId"])
+
+    def part(self, key: str, upload: str, number: int, body: Buffer, *, md5: bytes) -> Answer:
+        """Send one part."""
+        more = {"UploadId": upload, "PartNumber": number, "Body": _body(body), "ContentMD5": _base64(md5)}
+        return self._write("upload_part", key, more)
+
+    def part_of(self, key: str, upload: str, number: int, origin: Mapping[str, Any], span: ByteRange) -> str:
+        """Let the store copy `span` of another object into a part; its entity tag. `origin` says which, as
+        `copied` takes it."""
+        more = {
+            "UploadId": upload,
+            "PartNumber": number,
+            "CopySourceRange": f"bytes={span.start}-{span.stop - 1}",
+        }
+        answer = self._ask("upload_part_copy", self._name(key), Key=key, **more, **origin)
+        return entity_tag(answer.get("CopyPartResult", {}).get("ETag"))
+
+    def parts(self, key: str, upload: str) -> dict[int, tuple[str, int]]:
+        """Entity tag and size of each part that has been sent, by number. Raises NotFound when there is no
+        such upload (any more)."""
+        found: dict[int, tuple[str, int]] = {}
+        after = 0
+        while True:
+            answer = self._ask(
+                "list_parts", self._name(key), Key=key, UploadId=upload, PartNumberMarker=after
+            )
+            for part in answer.get("Parts", ()):
+                found[int(part["PartNumber"])] = entity_tag(part.get("ETag")), int(part["Size"])
+            following = int(answer.get("NextPartNumberMarker") or 0)
+            if not answer.get("IsTruncated") or following <= after:
+                return found
+            after = following
+
+    def complete(self, key: str, upload: str, tags: Mapping[int, str], *, condition: Condition) -> Answer:
+        """Make an object of all parts."""
+        parts = [{"PartNumber": number, "ETag": tag} for number, tag in sorted(tags.items())]
+        more = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+        return self._write("complete_multipart_upload", key, more, condition)
+
+    def abort(self, key: str, upload: str) -> None:
+        """Throw the parts of an upload away. Raises NotFound when there is no such upload."""
+        self._ask("abort_multipart_upload", self._name(key), Key=key, UploadId=upload)
+
+    def copied(self, key: str, origin: Mapping[str, Any], *, condition: Condition, **more: Any) -> Answer:
+        """Let the store copy an object: `origin` is what `origin_of` makes."""
+        return self._write("copy_object", key, {"MetadataDirective": "REPLACE", **origin, **more}, condition)
+
+    def origin_of(self, key: str, version: Version) -> dict[str, Any]:
+        """The parameters that mean exactly this object of this bucket, as an origin of copies."""
+        source = {"Bucket": self._bucket.name, "Key": key}
+        if version.version_id:
+            source["VersionId"] = version.version_id
+        condition = {"CopySourceIfMatch": version.condition} if version.condition else {}
+        return {"CopySource": source, **condition}
+
+    def remove(self, key: str, *, condition: Condition) -> None:
+        """Remove one object, if it is the one that is meant."""
+        self._ask("delete_object", self._name(key), Key=key, **condition)
+
+    def _write(
+        self, call: str, key: str, more: Mapping[str, Any], condition: Condition | None = None
+    ) -> Answer:
+        try:
+            answer = self._ask(call, self._name(key), Key=key, **more, **(condition or {}))
+        except NotFound as error:
+            # versitygw and AWS answer so when If-Match is to match what is not there.
+            if condition and "NoSuchKey" in str(error):
+                raise VersionChanged(f"{error}; another version was expected there") from error
+            raise
+        # What copies wrap their answer in.
+        said = answer.get("CopyObjectResult") or answer
+        tag = entity_tag(said.get("ETag"))
+        if not tag:
+            raise Unavailable(f"{self._name(key)}: the store did not say what it has stored")
+        headers = answer["ResponseMetadata"]["HTTPHeaders"]
+        with suppress(TypeError, ValueError):
+            moment = said.get("LastModified") or parsedate_to_datetime(headers.get("date"))
+            return Answer(tag, round(moment.timestamp()) * 1_000_000_000, _secret(answer))
+        return Answer(tag, 0, _secret(answer))
+
     def create(self) -> None:
         """Make the bucket."""
         self._ask("create_bucket", self._bucket.uri)
@@ -495,7 +648,7 @@ class S3Client:
     def _name(self, key: str) -> str:
         return f"{self._bucket.scheme}://{self._bucket.name}/{key}"
 
-    def _ask(self, call: str, thing: str, **arguments: str | bytes) -> dict[str, Any]:
+    def _ask(self, call: str, thing: str, **arguments: Any) -> dict[str, Any]:
         def ask(client: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
             answer: dict[str, Any] = getattr(client, call)(**arguments)
             return answer
@@ -566,6 +719,9 @@ class S3Client:
         # get slower, not wrong.
         if check := getattr(botocore.handlers, "_handle_200_error", None):
             client.meta.events.unregister("before-parse.s3.*", check)
+            # These answer at once that they have begun, and by their body how it went.
+            for call in ("CompleteMultipartUpload", "CopyObject", "UploadPartCopy"):
+                client.meta.events.register(f"before-parse.s3.{call}", check)
         for call in ("ListObjectsV2", "ListObjectVersions"):
             client.meta.events.register(f"before-parse.s3.{call}", _keep_listing)
         if bucket.style == "cname":
@@ -656,6 +812,8 @@ class _Timely:
         deadline = time.monotonic() + self._bound
         streamed, request.stream_output = request.stream_output, True  # else the body is read in there
         answer = self._session.send(request)
+        if request.body:  # sending it is bounded by its stalls: a slow way up is no fault
+            deadline = time.monotonic() + self._bound
         answer.raw = _TimelyBody(answer.raw, deadline, request.url)
         if not streamed:
             answer.content  # noqa: B018  reading it keeps it

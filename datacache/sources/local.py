@@ -9,6 +9,11 @@ its own mount would wait for itself.
 A version is a file's size, time of modification and inode. It is taken from the opened descriptor
 before and after each read, so that a read is of one version even without help of `checked`; a file
 rewritten in place to the same size within the clock's tick (4 ms before Linux 6.13) is not noticed.
+
+`LocalSink` puts files: written beside their place under another name, synced, then linked (where nothing may
+be there) or renamed, and the directory synced. A create is exact; between the look at the version that is to
+be replaced and the rename there is a window for other processes. Metadata are extended attributes
+`user.datacache.NAME`, and are lost where the file system has none.
 """
 
 import contextlib
@@ -16,19 +21,34 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
 from datacache.errors import (
     Denied,
     NotFound,
     SourceError,
+    Stopped,
     Unavailable,
     Unsupported,
     VersionChanged,
     WrongBytes,
 )
-from datacache.model import Buffer, ByteRange, ObjectInfo, Version
+from datacache.model import Buffer, ByteRange, MiB, ObjectInfo, TiB, Version
+from datacache.sources.sink import (
+    NOTHING,
+    SIZE,
+    Content,
+    Expected,
+    Put,
+    SinkTraits,
+    Stored,
+    as_headers,
+    check_content,
+    from_headers,
+    require,
+)  # fmt: skip
 from datacache.sources.source import Page, Traits
 
 Names = list[bytes]
@@ -37,6 +57,12 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Not blocking: should a pipe take the place of a file between two looks, opening it must not hang.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG}
+
+
+_PIECE = 4 * MiB
+_ATTRIBUTE = "user.datacache."
+_UNFINISHED = b".datacache-put-"
+"""How the names of files begin that are being put; listings pass over them."""
 
 
 class LocalSource:
@@ -108,7 +134,7 @@ class LocalSource:
                 if entry.is_dir(follow_symlinks=False):
                     if os.path.join(self._root, prefix, name) not in avoid:
                         names.append(name + b"/")
-                elif entry.is_file(follow_symlinks=False):
+                elif entry.is_file(follow_symlinks=False) and not name.startswith(_UNFINISHED):
                     names.append(name)
         return sorted(names)
 
@@ -157,15 +183,246 @@ class LocalSource:
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        try:
+        with _errors(self._uri, what):
             yield
+
+
+class LocalSink:
+    """Files below `root`, put there. The root is made with the first of them."""
+
+    def __init__(self, root: str) -> None:
+        self._root = os.path.abspath(os.fsencode(root))
+        self._uri = "file://" + _text(self._root)
+        self._lock = threading.Lock()  # from the look at what is there to what takes its place
+
+    def __repr__(self) -> str:
+        return f"<LocalSink {self._uri}>"
+
+    @property
+    def uri(self) -> str:
+        return self._uri
+
+    @property
+    def traits(self) -> SinkTraits:
+        return SinkTraits(conditional=False, copies=True, resumable=False, largest=8 * TiB)
+
+    def put(
+        self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put
+    ) -> Stored:
+        check_content(key, content, self.traits.largest, self._thing(key))
+        if put.resume:
+            self.abandon(key, put.resume)
+        if key.endswith("/"):
+            return self._make_directory(key, expected, metadata)
+
+        def write(file: int) -> None:
+            for start in range(0, content.size, _PIECE):
+                length = min(_PIECE, content.size - start)
+                if put.stopped():
+                    raise Stopped(f"a put of {self._thing(key)} was given up after {start} bytes")
+                put.sent(length)
+                _write_all(file, content.read(start, length))
+
+        return self._place(key, write, content.size, expected, metadata, put.remember)
+
+    def copy(
+        self, origin: ObjectInfo, key: str, *, expected: Expected, metadata: Mapping[str, str]
+    ) -> Stored:
+        def write(file: int) -> None:
+            with self._parent(origin.key) as (directory, name):
+                source = os.open(name, _FILE, dir_fd=directory)
+            try:
+                _must_be(origin, source)
+                left = origin.size
+                while left and (count := os.copy_file_range(source, file, min(left, 1 << 30))):
+                    left -= count
+                _must_be(origin, source)
+            finally:
+                os.close(source)
+
+        try:
+            with self._errors(origin.key), self._parent(origin.key) as (directory, name):
+                found = _info(origin.key, os.stat(name, dir_fd=directory, follow_symlinks=False))
+        except NotFound as error:
+            raise VersionChanged(f"{error}, so it cannot be copied") from error
+        require(found, origin.version, self._thing(origin.key))
+        return self._place(key, write, origin.size, expected, metadata, None)
+
+    def delete(self, key: str, *, expected: Expected) -> None:
+        if expected is NOTHING:
+            raise ValueError("a delete that expects nothing")
+        with self._lock:
+            found = self.find(key)
+            if found is None:
+                return
+            require(found.info, expected, self._thing(key))
+            with self._errors(key), self._parent(key) as (directory, name):
+                if not key.endswith("/"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=directory)
+                else:
+                    try:
+                        os.rmdir(name, dir_fd=directory)
+                    except OSError as error:
+                        # Markers may be deleted while the directory has objects; here it stays for them.
+                        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                            raise
+                os.fsync(directory)
+
+    def find(self, key: str) -> Stored | None:
+        try:
+            with self._errors(key), self._parent(key) as (directory, name):
+                kind = _DIRECTORY if key.endswith("/") else _FILE
+                file = os.open(name, kind, dir_fd=directory)
+                try:
+                    return Stored(_place_info(key, os.fstat(file)), _attributes(file), SIZE)
+                finally:
+                    os.close(file)
+        except NotFound:
+            return None
+
+    def abandon(self, key: str, resume: str) -> None:
+        name = _raw(resume)
+        if not name.startswith(_UNFINISHED) or b"/" in name:
+            return
+        with contextlib.suppress(NotFound), self._errors(key), self._parent(key) as (directory, _):
+            os.unlink(name, dir_fd=directory)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _place(
+        self, key: str, write: Callable[[int], None], size: int, expected: Expected,
+        metadata: Mapping[str, str], remember: Callable[[str], None] | None,
+    ) -> Stored:  # fmt: skip
+        """A file that `write` fills, put in its place."""
+        attributes = as_headers(metadata)
+        with self._errors(key), self._parent(key, make=True) as (directory, name):
+            unfinished = _UNFINISHED + os.urandom(8).hex().encode()
+            if remember is not None:
+                remember(_text(unfinished))
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(unfinished, flags, 0o666, dir_fd=directory)
+            try:
+                write(file)
+                if (length := os.fstat(file).st_size) != size:
+                    raise WrongBytes(f"{self._thing(key)}: {length} of {size} bytes were written")
+                _set_attributes(file, attributes)
+                os.fsync(file)
+                with self._lock:
+                    if isinstance(expected, Version):
+                        found = self.find(key)
+                        require(found and found.info, expected, self._thing(key))
+                    if expected is NOTHING:
+                        try:
+                            os.link(unfinished, name, src_dir_fd=directory, dst_dir_fd=directory)
+                        except FileExistsError as error:
+                            raise VersionChanged(f"{self._thing(key)} exists, though it must not") from error
+                    else:
+                        os.rename(unfinished, name, src_dir_fd=directory, dst_dir_fd=directory)
+                    info = _info(key, os.fstat(file))
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(unfinished, dir_fd=directory)
+                os.close(file)
+            os.fsync(directory)
+        return Stored(info, from_headers(attributes), SIZE)
+
+    def _make_directory(self, key: str, expected: Expected, metadata: Mapping[str, str]) -> Stored:
+        attributes = as_headers(metadata)
+        with self._lock, self._errors(key), self._parent(key, make=True) as (directory, name):
+            if isinstance(expected, Version):
+                found = self.find(key)
+                require(found and found.info, expected, self._thing(key))
+            try:
+                os.mkdir(name, dir_fd=directory)
+            except FileExistsError as error:
+                if expected is NOTHING:
+                    raise VersionChanged(f"{self._thing(key)} exists, though it must not") from error
+            file = os.open(name, _DIRECTORY, dir_fd=directory)
+            try:
+                _set_attributes(file, attributes)
+                os.fsync(file)
+                os.fsync(directory)
+                return Stored(_place_info(key, os.fstat(file)), from_headers(attributes), SIZE)
+            finally:
+                os.close(file)
+
+    @contextlib.contextmanager
+    def _parent(self, key: str, *, make: bool = False) -> Iterator[tuple[int, bytes]]:
+        """The directory that has `key`, open, and the name there."""
+        steps = _steps(key.removesuffix("/"))
+        if steps is None or steps[-1].startswith(_UNFINISHED):
+            kind = Unsupported if make else NotFound
+            raise kind(f"{self._uri} can have no file {key!r}")
+        if make:
+            os.makedirs(self._root, exist_ok=True)
+        at = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for step in steps[:-1]:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(step, dir_fd=at)
+                        os.fsync(at)
+                below = os.open(step, _DIRECTORY, dir_fd=at)
+                os.close(at)
+                at = below
+            yield at, steps[-1]
+        finally:
+            os.close(at)
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        with _errors(self._uri, what):
+            yield
+
+    def _thing(self, key: str) -> str:
+        return f"{self._uri}/{key}"
+
+
+@contextlib.contextmanager
+def _errors(uri: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kind: type[SourceError] = Unavailable
+        if error.errno in _MISSING:
+            kind = NotFound
+        elif isinstance(error, PermissionError):
+            kind = Denied
+        elif error.errno in (errno.EXDEV, errno.EOPNOTSUPP, errno.EROFS):
+            kind = Unsupported
+        raise kind(f"{uri}: {what!r}: {error.strerror or error}") from error
+
+
+def _write_all(file: int, data: Buffer) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file, left) :]
+
+
+def _place_info(key: str, found: os.stat_result) -> ObjectInfo:
+    """What is known of a file, or of a directory: that changes with what is in it, and yet is the same."""
+    if not key.endswith("/"):
+        return _info(key, found)
+    return ObjectInfo(key, 0, Version(stamp=f"directory-{found.st_ino}"), found.st_mtime_ns)
+
+
+def _set_attributes(file: int, attributes: Mapping[str, str]) -> None:
+    for name, value in attributes.items():
+        try:
+            os.setxattr(file, _ATTRIBUTE + name, value.encode())
         except OSError as error:
-            kind: type[SourceError] = Unavailable
-            if error.errno in _MISSING:
-                kind = NotFound
-            elif isinstance(error, PermissionError):
-                kind = Denied
-            raise kind(f"{self._uri}: {what!r}: {error.strerror or error}") from error
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+
+
+def _attributes(file: int) -> dict[str, str]:
+    try:
+        names = [name for name in os.listxattr(file) if name.startswith(_ATTRIBUTE)]
+        return from_headers({n.removeprefix(_ATTRIBUTE): os.getxattr(file, n).decode() for n in names})
+    except OSError:  # the file system has none
+        return {}
 
 
 def _steps(key: str) -> Names | None:

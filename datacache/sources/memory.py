@@ -1,5 +1,6 @@
 """
-A source in memory: the public fake, and the one that the contract suite measures others by.
+A source in memory: the public fake, and the one that the contract suite measures others by. `MemorySink`
+writes to it.
 
 Listings come in pages, in the order of the keys' bytes, as S3 has them; versions are strong entity
 tags (the MD5, in quotes), unless `conditional=False` makes it a store that knows only sizes and
@@ -13,10 +14,24 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from datacache.errors import Archived, NotFound, Unsupported, VersionChanged
-from datacache.model import Buffer, ByteRange, ObjectInfo, Version
+from datacache.errors import Archived, NotFound, Stopped, Unsupported, VersionChanged
+from datacache.model import Buffer, ByteRange, GiB, MiB, ObjectInfo, Version
+from datacache.sources.sink import (
+    ANYTHING,
+    DIGEST,
+    SIZE,
+    Content,
+    Expected,
+    Put,
+    SinkTraits,
+    Stored,
+    as_headers,
+    check_content,
+    from_headers,
+    require,
+)
 from datacache.sources.source import Page, Traits
 
 _SECOND = 1_000_000_000
@@ -28,6 +43,7 @@ class _Stored:
     info: ObjectInfo
     data: bytes
     version_id: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class Held:
@@ -88,6 +104,7 @@ class MemorySource:
         self._puts = 0
         self._door: Held | None = None
         self.requests: Counter[str] = Counter()
+        self.uploads: dict[str, dict[int, bytes]] = {}
         self.reads: list[tuple[str, ByteRange]] = []
         self.on_read: Callable[[str, ByteRange], None] | None = None
         for key, data in (objects or {}).items():
@@ -104,9 +121,18 @@ class MemorySource:
     def traits(self) -> Traits:
         return self._traits
 
-    def put(self, key: str, data: bytes, *, archived: bool = False) -> ObjectInfo:
+    def put(
+        self,
+        key: str,
+        data: bytes,
+        *,
+        archived: bool = False,
+        expected: Expected = ANYTHING,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ObjectInfo:
         """Store `data` under `key`: a new version, unless the bytes are those that were there."""
         with self._lock:
+            require(self._current(key), expected, f"{self._uri}/{key}")
             self._puts += 1
             mtime = _BIRTH + self._puts * _SECOND
             # A stamp always tells versions apart here; an entity tag is the same for the same bytes.
@@ -118,7 +144,7 @@ class MemorySource:
             raw = _raw(key)
             if raw not in self._objects:
                 self._sorted = None
-            self._objects[raw] = stored = _Stored(info, bytes(data), f"v{self._puts}")
+            self._objects[raw] = stored = _Stored(info, bytes(data), f"v{self._puts}", dict(metadata or {}))
             if self._traits.versioned:
                 self._old[raw, stored.version_id] = stored
             return info
@@ -128,6 +154,22 @@ class MemorySource:
         with self._lock:
             del self._objects[_raw(key)]
             self._sorted = None
+
+    def _current(self, key: str) -> ObjectInfo | None:
+        stored = self._objects.get(_raw(key))
+        return stored.info if stored else None
+
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            self.requests[kind] += 1
+
+    def _begin(self, key: str) -> str:
+        """A new upload, whose parts lie in `uploads`."""
+        with self._lock:
+            self.requests["create"] += 1
+            upload = f"{key}#{self.requests['create']}"
+            self.uploads[upload] = {}
+            return upload
 
     @contextmanager
     def hold(self) -> Iterator[Held]:
@@ -222,6 +264,97 @@ class MemorySource:
                 f"{info.key!r} in {self._uri} is {stored.info.version.etag} now, not {version.etag}"
             )
         return stored
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class MemorySink:
+    """Puts into `source`. Objects of more than `part_size` bytes go in parts, which stay in `uploads` until
+    they are completed or abandoned: the sink of another life, on the same source, goes on with them.
+
+    `source.requests` counts "put", "create", "part", "complete", "copy", "delete", "find", "abandon".
+    """
+
+    def __init__(self, source: MemorySource, *, part_size: int = 16 * MiB) -> None:
+        self._source, self._part_size = source, part_size
+
+    def __repr__(self) -> str:
+        return f"<MemorySink {self.uri}>"
+
+    @property
+    def uri(self) -> str:
+        return self._source.uri
+
+    @property
+    def traits(self) -> SinkTraits:
+        return SinkTraits(conditional=True, copies=True, resumable=True, largest=4 * GiB)
+
+    def put(
+        self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put
+    ) -> Stored:
+        check_content(key, content, self.traits.largest, f"{self.uri}/{key}")
+        metadata = from_headers(as_headers(metadata))
+        upload = ""
+        if content.size <= self._part_size:
+            data = self._piece(content, 0, content.size, put)
+            self._source._count("put")
+        else:
+            with self._source._lock:  # what cannot end well need not begin
+                require(self._source._current(key), expected, f"{self.uri}/{key}")
+            upload, data = self._in_parts(key, content, put)
+        info = self._source.put(key, data, expected=expected, metadata=metadata)
+        self._source.uploads.pop(upload, None)
+        return Stored(info, metadata, DIGEST)
+
+    def _in_parts(self, key: str, content: Content, put: Put) -> tuple[str, bytes]:
+        upload = put.resume
+        if upload not in self._source.uploads:
+            upload = self._source._begin(key)
+            put.remember(upload)
+        parts = self._source.uploads[upload]
+        for start in range(0, content.size, self._part_size):
+            stop = min(start + self._part_size, content.size)
+            if parts.get(start) != bytes(content.read(start, stop - start)):
+                data = self._piece(content, start, stop, put)
+                self._source._count("part")
+                parts[start] = data
+        self._source._count("complete")
+        return upload, b"".join(data for _, data in sorted(parts.items()))
+
+    def _piece(self, content: Content, start: int, stop: int, put: Put) -> bytes:
+        if put.stopped():
+            raise Stopped(f"a put into {self.uri} was given up after {start} bytes")
+        put.sent(stop - start)
+        return bytes(content.read(start, stop - start))
+
+    def copy(
+        self, origin: ObjectInfo, key: str, *, expected: Expected, metadata: Mapping[str, str]
+    ) -> Stored:
+        self._source._count("copy")
+        with self._source._lock:
+            require(self._source._current(origin.key), origin.version, f"{self.uri}/{origin.key}")
+            data = self._source._objects[_raw(origin.key)].data
+        metadata = from_headers(as_headers(metadata))
+        return Stored(self._source.put(key, data, expected=expected, metadata=metadata), metadata, DIGEST)
+
+    def delete(self, key: str, *, expected: Expected) -> None:
+        self._source._count("delete")
+        with self._source._lock:
+            if (found := self._source._current(key)) is not None:
+                require(found, expected, f"{self.uri}/{key}")
+                del self._source._objects[_raw(key)]
+                self._source._sorted = None
+
+    def find(self, key: str) -> Stored | None:
+        self._source._count("find")
+        with self._source._lock:
+            stored = self._source._objects.get(_raw(key))
+        return Stored(stored.info, stored.metadata, SIZE) if stored else None
+
+    def abandon(self, key: str, resume: str) -> None:
+        self._source._count("abandon")
+        self._source.uploads.pop(resume, None)
 
     def close(self) -> None:
         """Nothing to let go of."""

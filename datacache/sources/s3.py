@@ -13,10 +13,9 @@ from typing import TypeVar
 
 from datacache.clock import Clock
 from datacache.config.settings import SourceSettings
-from datacache.errors import CredentialsExpired, Denied, SourceError, Unavailable, Unsupported, WrongBytes
+from datacache.errors import SourceError, Unavailable, Unsupported, WrongBytes
 from datacache.model import Buffer, ByteRange, ObjectInfo
 from datacache.sources import objectstore
-from datacache.sources.answers import KEY_TROUBLE
 from datacache.sources.aws import Bucket, Credentials, S3Client
 from datacache.sources.keyfile import Keys
 from datacache.sources.source import Page, Traits
@@ -126,19 +125,7 @@ class S3Source:
             return self._store[1]
 
     def _signed(self, act: Callable[[], T]) -> T:
-        """What `act` returns; once more with other keys, where the store did not like the first."""
-        if self._bucket.anonymous:
-            return act()
-        used = self._credentials.get()
-        try:
-            return act()
-        except CredentialsExpired:
-            self._credentials.renew(used)
-        except Denied as error:
-            # A rotated key looks like this. The same keys would be refused again.
-            if not any(code in str(error) for code in KEY_TROUBLE) or self._credentials.renew(used) == used:
-                raise
-        return act()
+        return self._credentials.signed(act)
 
     def _ask_versioned(self) -> bool:
         if self._versioned is None:

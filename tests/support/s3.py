@@ -92,15 +92,15 @@ def moto_server() -> Iterator[S3Server]:
     try:
         host, port = server.get_host_and_port()
         running = MotoServer(f"http://{host}:{port}")
-        _reset_moto(running)
+        reset_moto(running)
         yield running
         running.client.close()
     finally:
         server.stop()
 
 
-def _reset_moto(server: S3Server) -> None:
-    # Its state belongs to the process and outlives the server.
+def reset_moto(server: S3Server) -> None:
+    """Forget all buckets. moto's state belongs to the process and outlives the server."""
     host, port = server.endpoint.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as link:
         link.sendall(b"POST /moto-api/reset HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
