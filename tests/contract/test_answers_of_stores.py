@@ -74,7 +74,7 @@ def error(status: int, code: str, message: str = "as it is") -> Answer:
         (error(500, "InternalError"), Unavailable, "500"),
         (error(429, "TooManyRequests"), Unavailable, "429"),
         (error(501, "NotImplemented"), Unsupported, "501"),
-        (error(400, "InvalidRequest"), SourceError, "400 BadDigest"),
+        (error(400, "InvalidRequest"), SourceError, "400 InvalidRequest"),
         (Answer(502, b"<html>bad gateway</html>"), Unavailable, "502"),
         (Answer(403, b""), Denied, "403"),
     ],
