@@ -8,10 +8,12 @@ ends, or says None, the call goes through. Faults are values, so a test reads as
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from datacache.errors import SourceError
 from datacache.model import Buffer, ByteRange, ObjectInfo
+from datacache.sources.sink import Content, Expected, Put, Sink, SinkTraits, Stored
 from datacache.sources.source import Page, Source, Traits
 
 
@@ -73,7 +75,21 @@ class Hold:
     timeout: float = 30.0
 
 
-Fault = Fail | Truncate | Extend | Shift | Flip | Before | Midway | Hold
+@dataclass(frozen=True)
+class Lost:
+    """Do what a sink was asked for, then raise `error`: the answer was lost."""
+
+    error: SourceError
+
+
+@dataclass(frozen=True)
+class StopAfter:
+    """Let a put believe that it was stopped once `count` bytes were sent."""
+
+    count: int = 0
+
+
+Fault = Fail | Truncate | Extend | Shift | Flip | Before | Midway | Hold | Lost | StopAfter
 Script = Mapping[str, Iterable[Fault | None]]
 
 
@@ -167,3 +183,93 @@ def _act(fault: Fault | None, *, at_once: bool = True) -> None:
             action()
         case Hold(event, timeout):
             event.wait(timeout)
+
+
+class FaultySink:
+    """`inner` with scripted faults, per operation ("put", "copy", "delete", "find", "abandon"): Fail, Before
+    and Hold come before the effect, Lost after it, StopAfter in the midst of a put."""
+
+    def __init__(self, inner: Sink, script: Script | None = None) -> None:
+        self.inner = inner
+        self._lock = threading.Lock()  # guards what follows
+        operations = ("put", "copy", "delete", "find", "abandon")
+        self._faults = {operation: deque((script or {}).get(operation, ())) for operation in operations}
+        self.calls: Counter[str] = Counter()
+        if unknown := (script or {}).keys() - self._faults.keys():
+            raise ValueError(f"no such operations: {sorted(unknown)}")
+
+    def __repr__(self) -> str:
+        return f"<FaultySink {self.inner!r}>"
+
+    @property
+    def uri(self) -> str:
+        return self.inner.uri
+
+    @property
+    def traits(self) -> SinkTraits:
+        return self.inner.traits
+
+    def add(self, operation: str, *faults: Fault | None) -> None:
+        """Let these befall the next calls of `operation`, after what the script still holds."""
+        with self._lock:
+            self._faults[operation].extend(faults)
+
+    def put(
+        self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put
+    ) -> Stored:
+        with self._befalling("put") as fault:
+            if isinstance(fault, StopAfter):
+                put = _Stopping(put, fault.count)
+            return self.inner.put(key, content, expected=expected, metadata=metadata, put=put)
+
+    def copy(
+        self, origin: ObjectInfo, key: str, *, expected: Expected, metadata: Mapping[str, str]
+    ) -> Stored:
+        with self._befalling("copy"):
+            return self.inner.copy(origin, key, expected=expected, metadata=metadata)
+
+    def delete(self, key: str, *, expected: Expected) -> None:
+        with self._befalling("delete"):
+            self.inner.delete(key, expected=expected)
+
+    def find(self, key: str) -> Stored | None:
+        with self._befalling("find"):
+            return self.inner.find(key)
+
+    def abandon(self, key: str, resume: str) -> None:
+        with self._befalling("abandon"):
+            self.inner.abandon(key, resume)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    @contextmanager
+    def _befalling(self, operation: str) -> Iterator[Fault | None]:
+        with self._lock:
+            self.calls[operation] += 1
+            fault = self._faults[operation].popleft() if self._faults[operation] else None
+        _act(fault)
+        yield fault
+        if isinstance(fault, Lost):
+            raise fault.error
+
+
+class _Stopping:
+    """A put that is stopped after so many bytes."""
+
+    def __init__(self, inner: Put, count: int) -> None:
+        self._inner, self._left = inner, count
+
+    @property
+    def resume(self) -> str:
+        return self._inner.resume
+
+    def stopped(self) -> bool:
+        return self._left <= 0 or self._inner.stopped()
+
+    def sent(self, count: int) -> None:
+        self._left -= count
+        self._inner.sent(count)
+
+    def remember(self, state: str) -> None:
+        self._inner.remember(state)

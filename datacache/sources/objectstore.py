@@ -4,6 +4,7 @@ The door to obstore: the bytes of every object store.
 `get` is the one way in which bytes are read. It asks once, holds what the store says of its answer
 (range, size, entity tag) against what was asked *before* it takes the body, and returns the body
 without a copy. `ObjectStoreSource` is a source made of an obstore store alone (Google, Azure);
+`ObjectStoreSink` writes to those;
 `datacache.sources.s3` reads through `get` and lists by botocore; `datacache.sources.website` reads
 through it too.
 
@@ -19,6 +20,8 @@ import re
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -27,11 +30,33 @@ from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from datacache.config.settings import SourceSettings
-from datacache.errors import SourceError, Unavailable, Unsupported, VersionChanged, WrongBytes
-from datacache.model import ByteRange, ObjectInfo, Version
+from datacache.errors import (
+    NotFound,
+    SourceError,
+    Stopped,
+    Unavailable,
+    Unsupported,
+    VersionChanged,
+    WrongBytes,
+)
+from datacache.model import ByteRange, MiB, ObjectInfo, TiB, Version
 from datacache.sources.answers import failure
 from datacache.sources.keyfile import Keys
 from datacache.sources.listing import entity_tag
+from datacache.sources.sink import (
+    ANYTHING,
+    NOTHING,
+    SIZE,
+    Content,
+    Expected,
+    Put,
+    SinkTraits,
+    Stored,
+    as_headers,
+    check_content,
+    from_headers,
+    require,
+)  # fmt: skip
 from datacache.sources.source import Page, Traits
 
 Store = S3Store | GCSStore | AzureStore | HTTPStore
@@ -342,6 +367,167 @@ def _pages(
 
     while chunk := _asking(lambda: calls.result(following, thing), thing):
         yield chunk, []
+
+
+WHOLE = 64 * MiB
+"""Bytes up to which an object is put in one conditional request, from memory."""
+_PIECE = 8 * MiB
+_HEADERS = frozenset(
+    {"content-disposition", "content-encoding", "content-language", "content-type", "cache-control"}
+)
+
+
+def patient(settings: SourceSettings) -> SourceSettings:
+    """How a store is talked to that is written to: nobody waits for that, and a body may be large."""
+    return replace(
+        settings, timeout=max(600.0, settings.timeout), stall_timeout=max(60.0, settings.stall_timeout)
+    )
+
+
+class ObjectStoreSink:
+    """A bucket of Google's or Azure's, written to by obstore.
+
+    Up to WHOLE bytes in one request with a condition of the store's own; more in parts, without
+    one: the store is asked before. Nothing is resumed. Keys that obstore cannot carry, directory markers
+    among them, are Unsupported, and so are copies: theirs keep the origin's metadata.
+    """
+
+    def __init__(self, store: Store, *, uri: str, prefix: str) -> None:
+        self._store, self._uri, self._prefix = store, uri, prefix
+
+    def __repr__(self) -> str:
+        return f"<ObjectStoreSink {self._uri}>"
+
+    @property
+    def uri(self) -> str:
+        return self._uri
+
+    @property
+    def traits(self) -> SinkTraits:
+        return SinkTraits(conditional=True, copies=False, resumable=False, largest=TiB)
+
+    def put(
+        self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put
+    ) -> Stored:
+        whole, thing = self._whole(key), self._thing(key)
+        check_content(key, content, self.traits.largest, thing)
+        headers = as_headers(metadata)
+        mode: Any = "overwrite"
+        if expected is NOTHING:
+            mode = "create"
+        elif expected is not ANYTHING:
+            seen = self._look(key)
+            require(self._info(key, seen) if seen else None, expected, thing)
+            assert seen is not None
+            # Google knows versions by number, Azure by tag; the number is not in ours.
+            mode = {name: seen[name] for name in ("e_tag", "version") if seen.get(name)}
+
+        def pieces() -> Iterator[bytes]:
+            for start in range(0, content.size, _PIECE):
+                length = min(_PIECE, content.size - start)
+                if put.stopped():
+                    raise Stopped(f"a put of {thing} was given up after {start} bytes")
+                put.sent(length)
+                yield bytes(content.read(start, length))
+
+        if content.size <= WHOLE:
+            data = b"".join(pieces())
+            if put.stopped():
+                raise Stopped(f"a put of {thing} was given up before it was sent")
+            self._send(whole, data, thing, attributes=headers, mode=mode, use_multipart=False)
+        else:
+            if expected is NOTHING:
+                require(self._found(key), expected, thing)
+            stopped: list[Stopped] = []
+
+            def watched() -> Iterator[bytes]:
+                try:
+                    yield from pieces()
+                except Stopped as error:
+                    stopped.append(error)
+                    raise
+
+            try:
+                self._send(
+                    whole, watched(), thing, attributes=headers, use_multipart=True, chunk_size=_PIECE,
+                    max_concurrency=4,
+                )  # fmt: skip
+            except SourceError:
+                if stopped:
+                    raise stopped[0] from None
+                raise
+        found = self._found(key)
+        if found is None or found.size != content.size:
+            raise WrongBytes(
+                f"{thing} is not what was put: {found.size if found else 'nothing'} stands there"
+            )
+        return Stored(found, from_headers(headers), SIZE)
+
+    def copy(
+        self, origin: ObjectInfo, key: str, *, expected: Expected, metadata: Mapping[str, str]
+    ) -> Stored:
+        raise Unsupported(f"{self._uri}: the store copies no objects for us")
+
+    def delete(self, key: str, *, expected: Expected) -> None:
+        if expected is NOTHING:
+            raise ValueError("a delete that expects nothing")
+        found = self._found(key)
+        if found is None:
+            return
+        require(found, expected, self._thing(key))
+        with suppress(NotFound):
+            _asking(lambda: obstore.delete(self._store, self._whole(key)), self._thing(key))
+
+    def find(self, key: str) -> Stored | None:
+        if not can_name(self._prefix + key):
+            return None
+        options: Any = {"head": True}
+        try:
+            answer = _asking(
+                lambda: obstore.get(self._store, self._prefix + key, options=options), self._thing(key)
+            )
+        except NotFound:
+            return None
+        metadata = {name: value for name, value in answer.attributes.items() if name.lower() not in _HEADERS}
+        return Stored(self._info(key, answer.meta), from_headers(metadata), SIZE)
+
+    def abandon(self, key: str, resume: str) -> None:
+        """Nothing is left: what is given up is aborted at once."""
+
+    def close(self) -> None:
+        """Connections go with the store."""
+
+    def _send(self, whole: str, body: Any, thing: str, **more: Any) -> None:
+        try:
+            _asking(lambda: obstore.put(self._store, whole, body, **more), thing)
+        except SourceError as error:
+            if type(error.__cause__).__name__ in ("AlreadyExistsError", "PreconditionError"):
+                raise VersionChanged(f"{thing} is not what was expected there") from error
+            raise
+
+    def _look(self, key: str) -> Mapping[str, Any] | None:
+        try:
+            meta: Mapping[str, Any] = _asking(
+                lambda: obstore.head(self._store, self._whole(key)), self._thing(key)
+            )
+        except NotFound:
+            return None
+        return meta
+
+    def _found(self, key: str) -> ObjectInfo | None:
+        seen = self._look(key)
+        return self._info(key, seen) if seen else None
+
+    def _info(self, key: str, meta: Mapping[str, Any]) -> ObjectInfo:
+        return _info(meta)._replace(key=key)
+
+    def _whole(self, key: str) -> str:
+        if not can_name(self._prefix + key):
+            raise Unsupported(f"{self._thing(key)} has a name that this client cannot ask for")
+        return self._prefix + key
+
+    def _thing(self, key: str) -> str:
+        return f"{self._uri.partition('?')[0].rstrip('/')}/{key}"
 
 
 class ObjectStoreSource:

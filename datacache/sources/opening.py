@@ -2,7 +2,8 @@
 From a URI and its options to a source: the only place that knows all schemes.
 
 `check_mount` says early, without network, what is wrong with a mount point; `open_source` makes the
-source, with every answer checked and every request tried again as far as that makes sense. Each
+source, with every answer checked and every request tried again as far as that makes sense; `open_sink`
+makes what writes to the same place, without either: the uploader tries again. Each
 scheme is a row of `SCHEMES`: its options, how its URI is taken apart, and who serves it. What is
 not in the table is tried with fsspec.
 
@@ -14,16 +15,17 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from datacache.clock import Clock
 from datacache.config.keys import REGION
 from datacache.config.settings import SourceSettings
-from datacache.errors import SettingError
+from datacache.errors import SettingError, Unsupported
 from datacache.model import MountPoint
 from datacache.sources.checked import CheckedSource
-from datacache.sources.local import LocalSource
+from datacache.sources.local import LocalSink, LocalSource
+from datacache.sources.sink import Sink
 from datacache.sources.source import Source
 from datacache.sources.steady import SteadySource
 
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
 
 Environment = Mapping[str, str]
 Maker = Callable[[SourceSettings, Clock], Source]
+
+
+class Makers(NamedTuple):
+    """What makes the source of a mount point, and its sink."""
+
+    source: Maker
+    sink: Callable[[SourceSettings, Clock], Sink]
+
 
 _ENDPOINT = "URL of the store, such as http://minio:9000"
 _ANONYMOUS = "true: requests are not signed (public buckets)"
@@ -121,7 +131,13 @@ def open_raw(
     mount: MountPoint, *, settings: SourceSettings, environment: Environment, clock: Clock
 ) -> Source:
     """The source of `mount` as it is: one request a call, believed as it comes."""
-    return _plan(mount, environment)(settings, clock)
+    return _plan(mount, environment).source(settings, clock)
+
+
+def open_sink(point: MountPoint, settings: SourceSettings, *, environment: Environment, clock: Clock) -> Sink:
+    """Where the objects of `point` are put: one request a call. Raises SettingError, and Unsupported for what
+    can only be read; asks nobody yet."""
+    return _plan(point, environment).sink(settings, clock)
 
 
 def check_mount(mount: MountPoint, environment: Environment) -> None:
@@ -129,7 +145,7 @@ def check_mount(mount: MountPoint, environment: Environment) -> None:
     _plan(mount, environment)
 
 
-def _plan(mount: MountPoint, environment: Environment) -> Maker:
+def _plan(mount: MountPoint, environment: Environment) -> Makers:
     """What will make the source; everything that can be wrong has been looked at."""
     scheme = _scheme(mount.uri)
     known = SCHEMES.get(scheme)
@@ -259,7 +275,7 @@ def _endpoint(name: str, url: str) -> str:
     return f"{parts.scheme}://{host}" + (f":{port}" if port not in (None, default) else "")
 
 
-def _s3(name: str, prefix: str, given: _Options, environment: Environment) -> Maker:
+def _s3(name: str, prefix: str, given: _Options, environment: Environment) -> Makers:
     from datacache.sources.aws import Bucket, find_bucket
 
     asked = Bucket(
@@ -274,7 +290,7 @@ def _s3(name: str, prefix: str, given: _Options, environment: Environment) -> Ma
     return _s3_maker(find_bucket(asked), variable)
 
 
-def _s3_maker(bucket: "Bucket", variable: str) -> Maker:
+def _s3_maker(bucket: "Bucket", variable: str) -> Makers:
     from datacache.sources.s3 import S3Source
 
     if bucket.endpoint:
@@ -290,10 +306,16 @@ def _s3_maker(bucket: "Bucket", variable: str) -> Maker:
         _check_file("AWS_CA_BUNDLE", bucket.ca_bundle)
     if bucket.style == "cname" and not bucket.endpoint:
         raise SettingError("option style", "cname", "an option endpoint with it: the URL that is the bucket")
-    return lambda settings, clock: S3Source(bucket, settings=settings, clock=clock)
+
+    def sink(settings: SourceSettings, clock: Clock) -> Sink:
+        from datacache.sources.s3upload import S3Sink
+
+        return S3Sink(bucket, settings=settings, clock=clock)
+
+    return Makers(lambda settings, clock: S3Source(bucket, settings=settings, clock=clock), sink)
 
 
-def _oss(name: str, prefix: str, given: _Options, environment: Environment) -> Maker:
+def _oss(name: str, prefix: str, given: _Options, environment: Environment) -> Makers:
     from datacache.sources.aws import Bucket
 
     endpoint = given.text("endpoint") or environment.get("OSS_ENDPOINT", "")
@@ -346,7 +368,7 @@ def _as_aws(environment: Environment) -> dict[str, str]:
     return found
 
 
-def _ossfs(uri: str, endpoint: str, given: _Options, environment: Environment) -> Maker:
+def _ossfs(uri: str, endpoint: str, given: _Options, environment: Environment) -> Makers:
     options = {"endpoint": endpoint}
     if not given.flag("anonymous"):
         keys = _as_aws(environment)
@@ -355,7 +377,7 @@ def _ossfs(uri: str, endpoint: str, given: _Options, environment: Environment) -
     return _fsspec(uri.rstrip("/"), options)
 
 
-def _gs(name: str, prefix: str, given: _Options, environment: Environment) -> Maker:
+def _gs(name: str, prefix: str, given: _Options, environment: Environment) -> Makers:
     config: dict[str, object] = {"skip_signature": given.flag("anonymous")}
     uri = f"gs://{name}/{prefix}".removesuffix("/")
     if url := given.text("endpoint"):
@@ -375,7 +397,14 @@ def _gs(name: str, prefix: str, given: _Options, environment: Environment) -> Ma
         # Google's tags are MD5s too, but for composed and customer-encrypted objects.
         return objectstore.ObjectStoreSource(store, uri=uri, prefix=prefix, md5_etag=True)
 
-    return make
+    def sink(settings: SourceSettings, clock: Clock) -> Sink:
+        from datacache.sources import objectstore
+
+        patient = objectstore.patient(settings)
+        store = objectstore.gcs_store(name, config=config, ca_bundle=ca_bundle, settings=patient)
+        return objectstore.ObjectStoreSink(store, uri=uri, prefix=prefix)
+
+    return Makers(make, sink)
 
 
 # The variables of Azure's that obstore knows, by its name of each.
@@ -391,7 +420,7 @@ _AZURE = {
 }
 
 
-def _az(name: str, prefix: str, given: _Options, environment: Environment) -> Maker:
+def _az(name: str, prefix: str, given: _Options, environment: Environment) -> Makers:
     account = given.text("account") or _first(
         environment, "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT"
     )
@@ -416,21 +445,28 @@ def _az(name: str, prefix: str, given: _Options, environment: Environment) -> Ma
         store = objectstore.azure_store(name, config=config, ca_bundle=ca_bundle, settings=settings)
         return objectstore.ObjectStoreSource(store, uri=uri, prefix=prefix)
 
-    return make
+    def sink(settings: SourceSettings, clock: Clock) -> Sink:
+        from datacache.sources import objectstore
+
+        patient = objectstore.patient(settings)
+        store = objectstore.azure_store(name, config=config, ca_bundle=ca_bundle, settings=patient)
+        return objectstore.ObjectStoreSink(store, uri=uri, prefix=prefix)
+
+    return Makers(make, sink)
 
 
 def _first(environment: Environment, *names: str) -> str:
     return next((environment[name] for name in names if environment.get(name)), "")
 
 
-def _file(uri: str) -> Maker:
+def _file(uri: str) -> Makers:
     path = uri[len("file://") :]
     if not path.startswith("/"):
         raise SettingError("URI", uri, "file:///absolute/path")
-    return lambda settings, clock: LocalSource(path)
+    return Makers(lambda settings, clock: LocalSource(path), lambda settings, clock: LocalSink(path))
 
 
-def _web(uri: str, given: _Options) -> Maker:
+def _web(uri: str, given: _Options) -> Makers:
     from datacache.sources.website import WebSource
 
     try:
@@ -445,11 +481,24 @@ def _web(uri: str, given: _Options) -> Maker:
         raise SettingError("URI", _shown(uri), "a directory: no query, no fragment")
     root = _endpoint("URI", f"{parts.scheme}://{parts.netloc}") + parts.path.rstrip("/") + "/"
     ca_bundle = given.file("ca_bundle")
-    return lambda settings, clock: WebSource(root, ca_bundle=ca_bundle, settings=settings)
+    return Makers(
+        lambda settings, clock: WebSource(root, ca_bundle=ca_bundle, settings=settings),
+        _read_only(f"{_shown(uri)} can only be read: web servers take no files"),
+    )
 
 
-def _fsspec(uri: str, options: Mapping[str, str]) -> Maker:
+def _read_only(why: str) -> Callable[[SourceSettings, Clock], Sink]:
+    def refuse(settings: SourceSettings, clock: Clock) -> Sink:
+        raise Unsupported(f"{why}; mount it without --rw, or write to a bucket or a directory")
+
+    return refuse
+
+
+def _fsspec(uri: str, options: Mapping[str, str]) -> Makers:
     from datacache.sources.filesystem import FsspecSource, check_scheme
 
     check_scheme(uri)
-    return lambda settings, clock: FsspecSource(uri, settings=settings, options=options)
+    refused = f"{_shown(uri)} can only be read: nothing is written through fsspec"
+    return Makers(
+        lambda settings, clock: FsspecSource(uri, settings=settings, options=options), _read_only(refused)
+    )

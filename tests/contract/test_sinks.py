@@ -4,18 +4,27 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from obstore.store import MemoryStore
 
 from datacache.clock import SystemClock
 from datacache.config.settings import SourceSettings
+from datacache.errors import Unavailable, Unsupported
+from datacache.model import MountPoint, TiB
 from datacache.sources.aws import Bucket, find_bucket
+from datacache.sources.faulty import Fail, FaultySink, Lost
 from datacache.sources.local import LocalSink, LocalSource
 from datacache.sources.memory import MemorySink, MemorySource
+from datacache.sources.objectstore import ObjectStoreSink, ObjectStoreSource
+from datacache.sources.opening import open_raw, open_sink
 from datacache.sources.s3 import S3Source
-from datacache.sources.s3upload import S3Sink
-from tests.contract.sink_suite import PART, Made, SinkSuite
+from datacache.sources.s3upload import S3Sink, plan
+from datacache.sources.sink import NOTHING
+from tests.contract.sink_suite import PART, Made, SinkSuite, put
 from tests.support.s3 import S3Server, find_tool, moto_server, reset_moto, versitygw_server
 
 SETTINGS = SourceSettings(timeout=20, stall_timeout=10)
@@ -62,6 +71,86 @@ class TestLocal(SinkSuite):
             LocalSink(str(root)), LocalSource(str(root)), lambda: LocalSink(str(root)), unfinished,
             odd_keys=False, tree=True, metadata=keeps_attributes(tmp_path),
         )  # fmt: skip
+
+
+class TestFaulty(SinkSuite):
+    """`faulty` without a script."""
+
+    @pytest.fixture
+    def made(self) -> Made:
+        source = MemorySource()
+
+        def sink() -> FaultySink:
+            return FaultySink(MemorySink(source, part_size=PART))
+
+        return Made(sink(), source, sink, lambda: len(source.uploads))
+
+
+class TestObjectStore(SinkSuite):
+    """What writes to Google and Azure, on the store in memory of their client."""
+
+    @pytest.fixture
+    def made(self) -> Iterator[Made]:
+        store: Any = MemoryStore()
+
+        def sink() -> ObjectStoreSink:
+            return ObjectStoreSink(store, uri="gs://b/p", prefix="p/")
+
+        with closing(ObjectStoreSource(store, uri="gs://b/p", prefix="p/")) as source:
+            yield Made(sink(), source, sink, lambda: 0, odd_keys=False)
+
+    def test_a_directory_marker(self, made: Made) -> None:
+        """There are none."""
+        with pytest.raises(Unsupported):
+            put(made, "dir/", b"")
+
+
+def test_a_lost_answer_is_found_by_its_mark() -> None:
+    """The put took effect though it failed: `find` shows the mark that it was given."""
+    sink = FaultySink(
+        MemorySink(MemorySource()), {"put": [Lost(Unavailable("lost")), Fail(Unavailable("no"))]}
+    )
+    with pytest.raises(Unavailable, match="lost"):
+        put(sink, "a", b"x", expected=NOTHING, metadata={"id": "7"})
+    with pytest.raises(Unavailable, match="no"):
+        put(sink, "b", b"x", metadata={"id": "8"})
+    found = sink.find("a")
+    assert found is not None
+    assert found.metadata == {"id": "7"}
+    assert sink.find("b") is None
+
+
+@pytest.mark.parametrize("uri", ["http://host/data", "https://host/data", "memory://x"])
+def test_what_can_only_be_read_is_refused_early(uri: str) -> None:
+    """Without network, with a sentence."""
+    with pytest.raises(Unsupported, match="can only be read"):
+        open_sink(MountPoint(uri), SETTINGS, environment={}, clock=SystemClock())
+
+
+def test_each_scheme_opens_its_sink(tmp_path: Path) -> None:
+    """The sink of a mount point has the URI of its source."""
+    environment = {"AWS_EC2_METADATA_DISABLED": "true"}
+    for point in (
+        MountPoint("s3://bucket/x", options={"endpoint": "http://h:1"}),
+        MountPoint("oss://bucket/x", options={"endpoint": "https://oss-cn-hangzhou.aliyuncs.com"}),
+        MountPoint(f"file://{tmp_path}"),
+        MountPoint("gs://bucket/x", options={"anonymous": "true"}),
+        MountPoint("az://bucket/x", options={"account": "me", "anonymous": "true"}),
+    ):
+        with closing(open_sink(point, SETTINGS, environment=environment, clock=SystemClock())) as sink:
+            raw = open_raw(point, settings=SETTINGS, environment=environment, clock=SystemClock())
+            with closing(raw):
+                assert sink.uri == raw.uri
+
+
+def test_parts_are_planned() -> None:
+    """Whole parts and a rest; larger ones where there would be too many."""
+    assert [span.length for span in plan(10, 4)] == [4, 4, 2]
+    assert [span.length for span in plan(8, 4)] == [4, 4]
+    huge = plan(5 * TiB)
+    assert len(huge) <= 10_000
+    assert (huge[0].start, huge[-1].stop) == (0, 5 * TiB)
+    assert all(a.stop == b.start for a, b in pairwise(huge))
 
 
 @pytest.fixture(scope="module")
