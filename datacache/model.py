@@ -13,6 +13,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from struct import Struct
 from typing import NamedTuple
 
@@ -105,16 +106,21 @@ class CacheKey(NamedTuple):
     def digest(self) -> str:
         """32 hex digits that name the entry on disk. Collisions would be wrong bytes, so this is a
         cryptographic hash, over length-prefixed fields so that no two keys spell the same."""
-        source, key, token, size = (
-            part.encode("utf-8", "surrogateescape")
-            for part in (self.source, self.key, self.token, str(self.size))
-        )
-        # In one piece: every open of a file comes here, and each call of `update` takes a microsecond.
-        lengths = _LENGTHS.pack(len(source), len(key), len(token), len(size))
-        return hashlib.blake2b(
-            b"".join((lengths[:8], source, lengths[8:16], key, lengths[16:24], token, lengths[24:], size)),
-            digest_size=16,
-        ).hexdigest()
+        return _digest(self)
+
+
+@lru_cache(maxsize=1024)  # a fill comes here several times; what is under way at once fits
+def _digest(what: CacheKey) -> str:
+    source, key, token, size = (
+        part.encode("utf-8", "surrogateescape")
+        for part in (what.source, what.key, what.token, str(what.size))
+    )
+    # In one piece: every open of a file comes here, and each call of `update` takes a microsecond.
+    lengths = _LENGTHS.pack(len(source), len(key), len(token), len(size))
+    return hashlib.blake2b(
+        b"".join((lengths[:8], source, lengths[8:16], key, lengths[16:24], token, lengths[24:], size)),
+        digest_size=16,
+    ).hexdigest()
 
 
 class Kind(enum.IntEnum):
@@ -260,6 +266,8 @@ class Coverage:
 
     def gaps(self, span: ByteRange) -> list[ByteRange]:
         """The parts of `span` that are not in the set, in order."""
+        if not self._starts:
+            return [span] if span.start < span.stop else []
         found: list[ByteRange] = []
         at = span.start
         i = max(0, bisect_right(self._starts, at) - 1)
@@ -279,6 +287,10 @@ class Coverage:
         """Put `span` into the set."""
         if span.start >= span.stop:
             return
+        if not self._starts:  # of a small file this is the only one
+            self._starts.append(span.start)
+            self._stops.append(span.stop)
+            return
         lo = bisect_left(self._stops, span.start)
         hi = bisect_right(self._starts, span.stop)
         start = min([span.start, *self._starts[lo:hi][:1]])
@@ -290,6 +302,9 @@ class Coverage:
         """Take `span` out of the set."""
         if span.start >= span.stop:
             return  # or a range around it would be cut in two
+        if self._starts == [span.start] and self._stops == [span.stop]:
+            self._starts, self._stops = [], []
+            return
         kept = [r for r in self.ranges() if r.stop <= span.start or r.start >= span.stop]
         for r in self.ranges():
             if r.stop > span.start and r.start < span.stop:

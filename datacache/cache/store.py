@@ -525,8 +525,8 @@ class Store:
             entry = self._entries.get(digest)
             if entry is not None:
                 return entry.covered.ranges()
-        row = self.catalogue.find(digest)
-        return Coverage(b.span for b in self.catalogue.blocks(row.id)).ranges() if row is not None else []
+        held = self.catalogue.held(digest)
+        return Coverage(b.span for b in held.blocks).ranges() if held is not None else []
 
     def mark(self, digest: bytes, *, pinned: bool | None = None, superseded: bool | None = None) -> None:
         with self._stripe(digest):
@@ -788,7 +788,7 @@ class Store:
     def _write(self, entry: Entry, pieces: list[ByteRange], view: memoryview, start: int) -> None:
         handle = entry.handle or self._create(entry)
         try:
-            for run in Coverage(pieces).ranges():
+            for run in Coverage(pieces).ranges() if len(pieces) > 1 else pieces:
                 self._disk.write(handle.fd, view[run.start - start : run.stop - start], run.start)
             blocks = [
                 Block(p.start, p.stop, checksum(view[p.start - start : p.stop - start])) for p in pieces

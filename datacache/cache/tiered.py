@@ -95,7 +95,8 @@ class TieredCache:
         return None
 
     def present(self, key: CacheKey) -> int:
-        return Coverage(span for tier in self.tiers for span in tier.ranges(key)).length
+        spans = [span for tier in self.tiers for span in tier.ranges(key)]
+        return Coverage(spans).length if len(spans) > 1 else sum(span.length for span in spans)
 
     def evict(self, key: CacheKey) -> int:
         held = self.present(key)
