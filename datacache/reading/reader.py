@@ -19,6 +19,7 @@ import logging
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -43,6 +44,7 @@ from datacache.sources.source import Source
 
 logger = logging.getLogger(__name__)
 
+_NOTHING = nullcontext()
 _STRETCH = 32 * MiB
 """A longer read is done in stretches of this, so that what it needs beside its result is bounded."""
 
@@ -356,12 +358,14 @@ class Reader:
         tier: Tier | None = None,
         pace: Callable[[int], None] | None = None,
         on_bytes: Callable[[int, bool], None] | None = None,
+        waiting: AbstractContextManager[object] = _NOTHING,
     ) -> int:
         """Make `entry` whole in the cache (in `tier`, where given); how many bytes had to be fetched.
 
         `pace` is called before each request with its length, `on_bytes` after each span that is in the
         cache, with its length and whether this call had it fetched (not somebody else); both may block, and
-        what they raise ends this. Raises SourceError, TierFull, TierBroken.
+        what they raise ends this. `waiting` is entered for as long as this thread waits for a store, for
+        another tier, or for whoever asks them. Raises SourceError, TierFull, TierBroken.
         """
         if entry.size == 0:
             return 0
@@ -372,7 +376,7 @@ class Reader:
                 target = tier.open(held.key)
             elif held.cached.evicted:  # who has it open reads on; what is filled there nobody finds later
                 target = self._cache.open(held.key)
-            return self._make_whole(held, target, pace or _ignore, on_bytes or _ignore_both)
+            return self._make_whole(held, target, pace or _ignore, on_bytes or _ignore_both, waiting)
         finally:
             if target is not held.file:
                 target.close()
@@ -627,7 +631,7 @@ class Reader:
             self._run(flight, grant)
         return _landed(flight)
 
-    def _run_patiently(self, flight: _Flight) -> None:
+    def _run_patiently(self, flight: _Flight, waiting: AbstractContextManager[object] = _NOTHING) -> None:
         """Run a flight when nobody waits for anything else. Until it begins, any reader may take it over."""
         if flight.state is not _State.WAITING:
             return
@@ -640,11 +644,11 @@ class Reader:
             if mine:
                 flight.state = _State.RUNNING
         if mine:
-            self._run(flight, grant)
+            self._run(flight, grant, waiting)
         else:
             grant.release()
 
-    def _run(self, flight: _Flight, grant: Grant) -> None:
+    def _run(self, flight: _Flight, grant: Grant, waiting: AbstractContextManager[object] = _NOTHING) -> None:
         """Make the request of a RUNNING flight, serve who waits, fill the cache. Keeps errors for those
         who wait."""
         held, span = flight.object, flight.span
@@ -654,7 +658,8 @@ class Reader:
                     f"{held.key.key!r} in {held.key.source} lies in an archive class; restore it first"
                 )
             begun = self._clock.monotonic()
-            data = memoryview(held.source.read(held.info, span))
+            with waiting:
+                data = memoryview(held.source.read(held.info, span))
             if data.nbytes != span.length:
                 raise WrongBytes(f"{held.key.key!r} {span}: the store sent {data.nbytes} bytes")
         except BaseException as error:
@@ -749,6 +754,7 @@ class Reader:
         target: CachedFile,
         pace: Callable[[int], None],
         on_bytes: Callable[[int, bool], None],
+        waiting: AbstractContextManager[object],
     ) -> int:
         fetched = 0
         pending: deque[tuple[_Flight, ByteRange, bool]] = deque()
@@ -761,8 +767,8 @@ class Reader:
         def finish() -> None:
             nonlocal fetched
             flight, span, ours = pending[0]
-            self._run_patiently(flight)
-            _settled(flight)
+            self._run_patiently(flight, waiting)
+            _settled(flight, waiting)
             # One that found no room may have ended long ago, and been kept: there may be room now.
             if flight.target is not target or flight.unkept is not None:
                 target.fill(flight.span.start, _landed(flight))
@@ -777,7 +783,7 @@ class Reader:
                 wanted = [span]
                 if target is not held.file:
                     for part in plan.subtract([span], held.cached.gaps(span)):
-                        self._copy(held, part, target)
+                        self._copy(held, part, target, waiting)
                     wanted = target.gaps(span)
                 for part in wanted:
                     trusted = target is held.file  # what another tier has could not be copied from it
@@ -799,11 +805,14 @@ class Reader:
             self._leave(held, [flight for flight, *_ in pending])
         return fetched
 
-    def _copy(self, held: _Object, span: ByteRange, target: CachedFile) -> None:
+    def _copy(
+        self, held: _Object, span: ByteRange, target: CachedFile, waiting: AbstractContextManager[object]
+    ) -> None:
         """From one tier to another; what turns out to be damaged is left as a gap, to be fetched."""
         for piece in plan.cut(span, limit=self._settings.block_size):
             try:
-                data = held.cached.read(piece)
+                with waiting:
+                    data = held.cached.read(piece)
             except CacheError as error:
                 self._tally.failed(error)
                 continue
@@ -915,9 +924,10 @@ def _slice(data: memoryview, start: int, stop: int) -> Buffer:
     return data if stop - start == data.nbytes else bytes(data[start:stop])
 
 
-def _settled(flight: _Flight) -> None:
+def _settled(flight: _Flight, waiting: AbstractContextManager[object]) -> None:
     """Wait until a flight is through with the cache, too. Raises what it failed with."""
-    with flight.object.changed:
+    ended = flight.state is _State.ENDED  # a look needs no lock: it stays so
+    with _NOTHING if ended else waiting, flight.object.changed:
         if flight.state is _State.WAITING:
             raise Unavailable("the reader is closing")
         while flight.state is not _State.ENDED:

@@ -18,7 +18,7 @@ from datacache.cache.tiered import TieredCache
 from datacache.clock import Clock, SystemClock, VirtualClock
 from datacache.config.settings import Policy, ReadingSettings, SourceSettings
 from datacache.errors import BreakerOpen, ControlError, Denied, SettingError, Unavailable
-from datacache.model import ByteRange, Entry, KiB, MiB
+from datacache.model import ByteRange, CacheKey, Entry, KiB, MiB
 from datacache.reading import load
 from datacache.reading.job import LoadRequest, LoadStatus
 from datacache.reading.load import Loads, Pace, matcher
@@ -425,6 +425,74 @@ def test_the_lister_waits_when_it_is_too_far_ahead(monkeypatch: pytest.MonkeyPat
             assert not at.loads.status(job).listed
             held.release()
         assert at.loads.wait(job).files_done == 100
+
+
+class Thronged(Cache):
+    """Whoever asks what is present stays until `go_on`; `most` were there at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+        self._lock = threading.Lock()
+        self.inside = self.most = 0
+
+    def present(self, key: CacheKey) -> int:
+        with self._lock:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+        assert self.go_on.wait(10)
+        with self._lock:
+            self.inside -= 1
+        return super().present(key)
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(10, load.AT_WORK), (MiB + 1, 6)])
+def test_small_files_take_turns_where_nothing_is_waited_for(size: int, at_once: int) -> None:
+    """Small files are begun a few at a time while nobody waits for the store; large ones all at once."""
+    cache = Thronged()
+    with site({f"{n:02}": bytes(size) for n in range(20)}, cache) as at:
+        job = at.loads.start(LoadRequest(concurrency=6))
+        until(lambda: cache.inside == at_once)
+        until(lambda: at.loads.status(job).listed)
+        assert at.source.requests["read"] == 0
+        cache.go_on.set()
+        assert at.loads.wait(job).state == "done"
+        assert cache.most == at_once
+        assert at.source.requests["read"] == 20
+
+
+def test_all_files_wait_for_a_slow_store_at_once() -> None:
+    """Who waits for the store lets another file begin: as many requests are under way as may be."""
+    files = {f"{n:02}": bytes(10) for n in range(40)}
+    with site(files) as at:
+        reader = Reader([at.source], at.cache, dataclasses.replace(SETTINGS, concurrency=32), clock=at.clock)
+        loads = Loads(at.index, reader, at.cache, SETTINGS, clock=at.clock)
+        with at.source.hold() as held:
+            job = loads.start(LoadRequest(concurrency=24))
+            assert held.wait_for(24)
+            held.release()
+        assert loads.wait(job).state == "done"
+        loads.close()
+        reader.close()
+        assert at.whole == set(files)
+
+
+def test_files_of_one_directory_are_looked_up_by_its_number() -> None:
+    """Files by name: the way to a directory is walked once; what is wrong is said as the index says it."""
+    with site(tree()) as at:
+        looked_up: list[bytes] = []
+        lookup = at.index.lookup
+
+        def counted(parent: int, name: bytes) -> Entry:
+            looked_up.append(name)
+            return lookup(parent, name)
+
+        at.index.lookup = counted  # type: ignore[method-assign]
+        files = ("img/1.jpg", "img/2.png", "img/gone", "img/deep/3.jpg", "img/deep", "img/../a.jpg", "a.jpg")
+        status = at.run(files=files)
+        assert looked_up == [b"2.png", b"gone", b"deep"], "the first of each directory is resolved"
+        assert [path for path, _ in status.failures] == ["img/gone", "img/deep", "img/../a.jpg"]
+        assert at.whole == {"img/1.jpg", "img/2.png", "img/deep/3.jpg", "a.jpg", "empty"}
 
 
 def test_an_announced_order_is_not_loaded_but_followed() -> None:
