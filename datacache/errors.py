@@ -29,6 +29,13 @@ hold a secret. The cause is always chained.
     + IsADirectory
     + NoSuchSnapshot
     + SnapshotExists
+    + PathExists          something has this name
+    + NotEmpty            a directory that still holds something
+    + NotHere             no writing here: above the mount points, or under a name that no key can have
+    + OtherStore          a rename from one mount point to another
+  x LandingError          the landing zone of what is written
+    + LandingFull         no room for what is to be written: nothing was dropped
+    + LandingBroken       its medium or its journal fails; what it acknowledged is still owed
   x IndexBroken           the database of names fails: I/O error, damage
     + IndexFull           ... or its disk has no room for what is new
   x MountError            the kernel, the mount point, or the way to it
@@ -150,6 +157,34 @@ class NoSuchSnapshot(NamespaceError):
 
 class SnapshotExists(NamespaceError):
     """A snapshot of this name exists; snapshots never change."""
+
+
+class PathExists(NamespaceError):
+    """Something has this name already."""
+
+
+class NotEmpty(NamespaceError):
+    """The directory still holds something."""
+
+
+class NotHere(NamespaceError):
+    """Nothing can be written here: the directory is made of mount points, or no key has such a name."""
+
+
+class OtherStore(NamespaceError):
+    """The two names lie under different mount points."""
+
+
+class LandingError(DatacacheError):
+    """The landing zone of what is written."""
+
+
+class LandingFull(LandingError):
+    """There is no room for what is to be written. Nothing that was acknowledged is dropped."""
+
+
+class LandingBroken(LandingError):
+    """The medium or the journal of the landing zone fails."""
 
 
 class IndexBroken(DatacacheError):

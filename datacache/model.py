@@ -128,6 +128,8 @@ class Kind(enum.IntEnum):
 
     DIRECTORY = 1
     FILE = 2
+    SYMLINK = 3
+    """Of writable data sets only: a store holds it as an object, whose content is where it leads."""
 
 
 class Entry(NamedTuple):

@@ -1,0 +1,445 @@
+"""
+The journal: what is dirty, and what the bucket is still owed. SQLite, in the landing zone.
+
+A `Node` is a path that differs from what the bucket is known to hold; an `Op` is one thing that the
+bucket is owed; a hidden name is one that the bucket still shows and we do not. All of them say mount
+and key, so a journal can be read without the catalogue of names that its numbers belong to.
+
+Transactions are committed without waiting for the disk: they survive the death of the process, not a
+power cut. `sync` makes all that were committed before durable, by one fdatasync of the WAL that
+everybody who waits shares. A checkpoint syncs by itself what it needs (SQLite, synchronous=NORMAL).
+"""
+
+import enum
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import quote
+
+from datacache.errors import LandingBroken, LandingFull
+from datacache.model import Kind, ObjectInfo, Version
+from datacache.writing.steps import step
+
+FORMAT = 1
+"""`PRAGMA user_version`; another one is another format (docs/on-disk-format.md)."""
+
+_SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE nodes (
+    ino INTEGER PRIMARY KEY, parent INTEGER NOT NULL, name BLOB NOT NULL, kind INTEGER NOT NULL,
+    mount INTEGER NOT NULL, key BLOB NOT NULL, generation INTEGER NOT NULL,
+    landing INTEGER NOT NULL, origin TEXT, mode INTEGER, uid INTEGER, gid INTEGER, mtime_ns INTEGER,
+    target BLOB, xattrs TEXT NOT NULL, writers INTEGER NOT NULL, orphan INTEGER NOT NULL
+);
+CREATE TABLE hidden (
+    parent INTEGER NOT NULL, name BLOB NOT NULL, mount INTEGER NOT NULL, key BLOB NOT NULL,
+    PRIMARY KEY (parent, name)
+) WITHOUT ROWID;
+CREATE TABLE ops (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind INTEGER NOT NULL, ino INTEGER NOT NULL,
+    mount INTEGER NOT NULL, key BLOB NOT NULL, barrier INTEGER NOT NULL, expected TEXT NOT NULL,
+    landing INTEGER NOT NULL, origin TEXT, since REAL NOT NULL, resume TEXT NOT NULL
+);
+CREATE TABLE attributes (
+    mount INTEGER NOT NULL, key BLOB NOT NULL, token TEXT NOT NULL, kind INTEGER NOT NULL,
+    mode INTEGER, uid INTEGER, gid INTEGER, mtime_ns INTEGER, target BLOB, xattrs TEXT NOT NULL,
+    PRIMARY KEY (mount, key)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What a path has beside its bytes. None: as the mount's settings, or the store, say."""
+
+    mode: int | None = None
+    """Permission bits."""
+    uid: int | None = None
+    gid: int | None = None
+    mtime_ns: int | None = None
+    target: bytes | None = None
+    """Where a symbolic link leads; None: it is none."""
+    xattrs: Mapping[bytes, bytes] = field(default_factory=dict)
+    """`user.*`, by whole name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A path that is not what the bucket is known to hold."""
+
+    ino: int
+    parent: int
+    name: bytes
+    kind: Kind
+    mount: int
+    key: str
+    """Where it is, or will be, in the bucket; of a directory with a "/" at the end."""
+    generation: int
+    landing: int = 0
+    """The landing file that has its bytes; 0: none."""
+    origin: ObjectInfo | None = None
+    """The object of the bucket that has its bytes, under the key that it has there."""
+    attributes: Attributes = Attributes()
+    writers: int = 0
+    """Opens for writing that were not closed yet."""
+    orphan: bool = False
+    """Unlinked, and perhaps still open."""
+
+
+class OpKind(enum.IntEnum):
+    """What an operation does to a key of the bucket."""
+
+    PUT = 1
+    """Make it hold the node's content; an empty object for a directory."""
+    DELETE = 2
+    """Remove it."""
+
+
+NOTHING = "nothing"
+ANYTHING = "anything"
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One thing that the bucket is owed."""
+
+    seq: int
+    """Its place in the order; 0 until it is added."""
+    id: str
+    """Of this operation only; put into the object's metadata, so that a lost answer can be told."""
+    kind: OpKind
+    ino: int
+    """The node that it is for, or that was renamed away (`DELETE`); 0: none any more."""
+    mount: int
+    key: str
+    barrier: bool = False
+    """Not before all that is earlier is done."""
+    expected: str | Version = NOTHING
+    """What the bucket holds under the key before: a version, `NOTHING`, or `ANYTHING` where that is not known."""
+    landing: int = 0
+    origin: ObjectInfo | None = None
+    since: float = 0.0
+    """Wall time of the close, rename or unlink that it is from; 0: not due, for its file was never closed."""
+    resume: str = ""
+    """What the sink wants to know when it goes on after a restart."""
+
+    @property
+    def keys(self) -> tuple[tuple[int, str], ...]:
+        """All keys that it reads or changes."""
+        own = (self.mount, self.key)
+        return (own,) if self.origin is None else (own, (self.mount, self.origin.key))
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """A name that the bucket still shows, until an operation is done."""
+
+    parent: int
+    name: bytes
+    mount: int
+    key: str
+
+
+class Journal:
+    """Thread-safe."""
+
+    def __init__(self, path: str) -> None:
+        """Open, or make. Raises LandingBroken where there is something else."""
+        self.path = path
+        self._lock = threading.RLock()  # one connection, one transaction at a time
+        try:
+            self._db = sqlite3.connect(
+                f"file:{quote(path)}?mode=rwc", uri=True, isolation_level=None, check_same_thread=False,
+                cached_statements=256,
+            )  # fmt: skip
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA wal_autocheckpoint=4000")
+            self._open()
+            self._wal = os.open(path + "-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except sqlite3.Error as error:
+            raise self._broken(error) from error
+        # Under `_waiting`: which syncs there were, for whoever came while one was under way.
+        self._waiting = threading.Condition()
+        self._syncs_begun = self._syncs_done = 0
+        self._syncing = False
+        self._failed: OSError | None = None
+
+    def _open(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            with self._transaction():
+                for statement in _SCHEMA.split(";"):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version={FORMAT}")
+        elif version != FORMAT:
+            raise LandingBroken(
+                f"{self.path} is in format {version}, not {FORMAT}: another version of datacache wrote it; "
+                "use that one to flush it"
+            )
+
+    def __repr__(self) -> str:
+        return f"<Journal {self.path}>"
+
+    def close(self) -> None:
+        """Idempotent."""
+        with self._lock:
+            if self._wal >= 0:
+                os.close(self._wal)
+                self._wal = -1
+                with suppress(sqlite3.Error):
+                    self._db.close()
+
+    # ---- durability ------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Return when all that was committed before the call is on the disk. Raises LandingBroken."""
+        with self._waiting:
+            needed = self._syncs_begun + 1  # one that begins after now
+            while self._syncs_done < needed and self._syncing:
+                self._waiting.wait()
+            if self._syncs_done >= needed:
+                self._check()
+                return
+            self._syncing = True
+            self._syncs_begun += 1
+            mine = self._syncs_begun
+        failed: OSError | None = None
+        try:
+            os.fdatasync(self._wal)
+        except OSError as error:
+            failed = error
+        with self._waiting:
+            self._syncing = False
+            self._syncs_done = mine
+            self._failed = self._failed or failed  # a failed sync may have dropped what it was about: for ever
+            self._waiting.notify_all()
+            self._check()
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise LandingBroken(f"{self.path} cannot be synced: {self._failed.strerror}") from self._failed
+
+    # ---- changes ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def change(self, what: str) -> Iterator["Change"]:
+        """One transaction, all or nothing. `what` names the step for the tests."""
+        with self._lock:
+            step(f"journal.before.{what}")
+            try:
+                with self._transaction():
+                    yield Change(self._db)
+                    step(f"journal.within.{what}")
+            except sqlite3.Error as error:
+                raise self._broken(error) from error
+            step(f"journal.after.{what}")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                with suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+            raise
+
+    def _broken(self, error: sqlite3.Error) -> LandingBroken:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+            return LandingFull(f"the landing zone has no room for its journal {self.path}")
+        return LandingBroken(f"the journal {self.path} fails ({error}); check the disk of the landing zone")
+
+    # ---- what is there ---------------------------------------------------------------------------
+
+    def _rows(self, query: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        with self._lock:
+            try:
+                return self._db.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise self._broken(error) from error
+
+    def meta(self) -> dict[str, str]:
+        """What it says of itself."""
+        return dict(self._rows("SELECT name, value FROM meta"))
+
+    def nodes(self) -> list[Node]:
+        """All of them."""
+        return [_to_node(row) for row in self._rows(f"SELECT {_NODE} FROM nodes")]
+
+    def hidden(self) -> list[Hidden]:
+        """All of them."""
+        rows = self._rows("SELECT parent, name, mount, key FROM hidden")
+        return [Hidden(parent, name, mount, _text(key)) for parent, name, mount, key in rows]
+
+    def ops(self) -> list[Op]:
+        """All of them, in order."""
+        return [_to_op(row) for row in self._rows(f"SELECT {_OP} FROM ops ORDER BY seq")]
+
+    def attributes(self, mount: int, key: str) -> tuple[str, Kind, Attributes] | None:
+        """What a clean path has beside its bytes, and of which version, as what."""
+        rows = self._rows(
+            "SELECT token, kind, mode, uid, gid, mtime_ns, target, xattrs FROM attributes"
+            " WHERE mount=? AND key=?", (mount, _blob(key)),
+        )  # fmt: skip
+        if not rows:
+            return None
+        token, kind, mode, uid, gid, mtime_ns, target, xattrs = rows[0]
+        return token, Kind(kind), Attributes(mode, uid, gid, mtime_ns, target, _load_xattrs(xattrs))
+
+    def has_attributes(self) -> bool:
+        """Whether any clean path has some."""
+        return bool(self._rows("SELECT 1 FROM attributes LIMIT 1"))
+
+
+class Change:
+    """What may be done within one transaction of the journal."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._run = db.execute
+
+    def set_meta(self, name: str, value: str) -> None:
+        self._run("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    def put_node(self, node: Node) -> None:
+        """Keep it, in place of what has its `ino`."""
+        self._run(f"INSERT OR REPLACE INTO nodes ({_NODE}) VALUES ({_marks(_NODE)})", _of_node(node))
+
+    def drop_node(self, ino: int) -> None:
+        self._run("DELETE FROM nodes WHERE ino=?", (ino,))
+
+    def add_op(self, op: Op) -> Op:
+        """Add it at the end of the order, or where its `seq` says; as it is then."""
+        values = (op.seq or None, *_of_op(op)[1:])
+        seq = self._run(f"INSERT INTO ops ({_OP}) VALUES ({_marks(_OP)})", values).lastrowid
+        assert seq is not None
+        return replace(op, seq=seq)
+
+    def update_op(self, op: Op) -> None:
+        """Keep what may change of it: `id`, `ino`, `expected`, `since`, `resume`."""
+        self._run(
+            "UPDATE ops SET id=?, ino=?, expected=?, since=?, resume=? WHERE seq=?",
+            (op.id, op.ino, _dump_expected(op.expected), op.since, op.resume, op.seq),
+        )
+
+    def drop_op(self, seq: int) -> None:
+        self._run("DELETE FROM ops WHERE seq=?", (seq,))
+
+    def hide(self, hidden: Hidden) -> None:
+        self._run(
+            "INSERT OR REPLACE INTO hidden VALUES (?, ?, ?, ?)",
+            (hidden.parent, hidden.name, hidden.mount, _blob(hidden.key)),
+        )
+
+    def show(self, parent: int, name: bytes) -> None:
+        """Hide it no longer."""
+        self._run("DELETE FROM hidden WHERE parent=? AND name=?", (parent, name))
+
+    def clear_hidden(self) -> None:
+        self._run("DELETE FROM hidden")
+
+    def clear_nodes(self) -> None:
+        self._run("DELETE FROM nodes")
+
+    def keep_attributes(self, mount: int, key: str, token: str, kind: Kind, kept: Attributes) -> None:
+        """What the clean path `key` has beside its bytes, while it is the version `token`."""
+        self._run(
+            "INSERT OR REPLACE INTO attributes VALUES (?,?,?,?,?,?,?,?,?,?)",
+            (
+                mount, _blob(key), token, int(kind), kept.mode, kept.uid, kept.gid, kept.mtime_ns,
+                kept.target, _dump_xattrs(kept.xattrs),
+            ),
+        )  # fmt: skip
+
+    def drop_attributes(self, mount: int, key: str) -> None:
+        self._run("DELETE FROM attributes WHERE mount=? AND key=?", (mount, _blob(key)))
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+_NODE = (
+    "ino, parent, name, kind, mount, key, generation, landing, origin, mode, uid, gid, mtime_ns, target,"
+    " xattrs, writers, orphan"
+)
+_OP = "seq, id, kind, ino, mount, key, barrier, expected, landing, origin, since, resume"
+
+
+def _marks(columns: str) -> str:
+    return ",".join("?" * (columns.count(",") + 1))
+
+
+def _of_node(node: Node) -> tuple[Any, ...]:
+    kept = node.attributes
+    return (
+        node.ino, node.parent, node.name, int(node.kind), node.mount, _blob(node.key), node.generation,
+        node.landing, _dump_object(node.origin), kept.mode, kept.uid, kept.gid, kept.mtime_ns, kept.target,
+        _dump_xattrs(kept.xattrs), node.writers, int(node.orphan),
+    )  # fmt: skip
+
+
+def _to_node(row: tuple[Any, ...]) -> Node:
+    (ino, parent, name, kind, mount, key, generation, landing, origin, mode, uid, gid, mtime_ns, target,
+     xattrs, writers, orphan) = row  # fmt: skip
+    return Node(
+        ino, parent, name, Kind(kind), mount, _text(key), generation, landing, _load_object(origin),
+        Attributes(mode, uid, gid, mtime_ns, target, _load_xattrs(xattrs)), writers, bool(orphan),
+    )  # fmt: skip
+
+
+def _of_op(op: Op) -> tuple[Any, ...]:
+    return (
+        op.seq, op.id, int(op.kind), op.ino, op.mount, _blob(op.key), int(op.barrier),
+        _dump_expected(op.expected), op.landing, _dump_object(op.origin), op.since, op.resume,
+    )  # fmt: skip
+
+
+def _to_op(row: tuple[Any, ...]) -> Op:
+    seq, name, kind, ino, mount, key, barrier, expected, landing, origin, since, resume = row
+    return Op(
+        seq, name, OpKind(kind), ino, mount, _text(key), bool(barrier), _load_expected(expected), landing,
+        _load_object(origin), since, resume,
+    )  # fmt: skip
+
+
+def _blob(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
+
+
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "surrogateescape")
+
+
+def _dump_expected(expected: str | Version) -> str:
+    return expected if isinstance(expected, str) else json.dumps(list(expected))
+
+
+def _load_expected(text: str) -> str | Version:
+    return text if text in (NOTHING, ANYTHING) else Version(*json.loads(text))
+
+
+def _dump_object(info: ObjectInfo | None) -> str | None:
+    return None if info is None else json.dumps([info.key, info.size, list(info.version), info.mtime_ns])
+
+
+def _load_object(text: str | None) -> ObjectInfo | None:
+    if text is None:
+        return None
+    key, size, version, mtime_ns = json.loads(text)
+    return ObjectInfo(key, size, Version(*version), mtime_ns)
+
+
+def _dump_xattrs(xattrs: Mapping[bytes, bytes]) -> str:
+    return json.dumps({name.hex(): value.hex() for name, value in xattrs.items()}) if xattrs else "{}"
+
+
+def _load_xattrs(text: str) -> dict[bytes, bytes]:
+    if text == "{}":
+        return {}
+    return {bytes.fromhex(name): bytes.fromhex(value) for name, value in json.loads(text).items()}

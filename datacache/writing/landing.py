@@ -1,0 +1,274 @@
+"""
+The landing zone: a directory in which what is written lies until the bucket has it.
+
+One plain file per content, byte for byte, under a number that is never used twice. Who may write to
+a file is the kernel's business: it may have it open by itself (passthrough) and mapped, long after we
+closed it. So `quiet` asks the kernel: a read lease is granted only when nobody can write.
+
+A zone has one owner at a time (the lock file), as a cache directory has.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from datacache.cache.owner import Owner, OwnerLock, take_lock
+from datacache.errors import LandingBroken, LandingError, LandingFull
+from datacache.model import Buffer, format_size
+from datacache.writing.steps import step
+
+MANAGED = "datacache-landing"
+"""The sub-directory of the chosen directory that is ours."""
+_FILES = "files"
+_NAME = re.compile(r"^[0-9]{1,19}$")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How full the zone's file system is."""
+
+    total: int
+    free: int
+    """Bytes that may still be written."""
+
+    @property
+    def used(self) -> float:
+        """Fraction."""
+        return 1 - self.free / self.total if self.total else 1.0
+
+
+class LandedFile:
+    """A landing file, open. Its descriptor is valid until `close`; the kernel may be lent it."""
+
+    __slots__ = ("_lock", "descriptor", "identity", "landing", "writing")
+
+    def __init__(self, landing: int, descriptor: int, *, writing: bool) -> None:
+        self.landing, self.descriptor, self.writing = landing, descriptor, writing
+        found = os.fstat(descriptor)
+        self.identity = (found.st_dev, found.st_ino)
+        """Device and inode number: equal in all that are open on the same file."""
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<LandedFile {self.landing} {'rw' if self.writing else 'r'} {self.descriptor}>"
+
+    def close(self) -> None:
+        """Let go. Idempotent."""
+        with self._lock:
+            descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class Quiet:
+    """A landing file that nobody can write to, as long as this is open: the bytes for an upload."""
+
+    def __init__(self, descriptor: int, *, leased: bool) -> None:
+        self._descriptor, self.leased = descriptor, leased
+        found = os.fstat(descriptor)
+        self.size, self.mtime_ns = found.st_size, found.st_mtime_ns
+
+    def read(self, offset: int, length: int) -> Buffer:
+        """Up to `length` bytes; fewer only at the end. Raises LandingBroken."""
+        try:
+            return os.pread(self._descriptor, length, offset)
+        except OSError as error:
+            raise LandingBroken(f"a landing file cannot be read: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Let others write again. Idempotent."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with suppress(OSError):
+                fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            os.close(descriptor)
+
+
+class Landing:
+    """One landing zone. Thread-safe."""
+
+    def __init__(self, directory: str, owner: Owner, *, reserve: float = 0.05) -> None:
+        """Own `directory`, making it where needed. `reserve`: fraction of its file system left free.
+        Raises Locked, LandingBroken."""
+        self.directory = os.path.join(directory, MANAGED)
+        self._reserve = reserve
+        try:
+            os.makedirs(os.path.join(self.directory, _FILES), mode=0o700, exist_ok=True)
+            at = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._owned: OwnerLock = take_lock(directory, at, owner)
+                os.fsync(at)  # the directory of the files is there after a power cut, too
+            finally:
+                os.close(at)
+            self._at = os.open(os.path.join(self.directory, _FILES), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _broken(self.directory, error) from error
+        self._lock = threading.Lock()  # guards the next two
+        self._next = max(self.files(), default=0) + 1
+        self._unsynced: set[int] = set()  # names that a power cut may take
+        self.leases = True
+        """Whether the file system can tell who writes; found out by the first that asks."""
+
+    def __repr__(self) -> str:
+        return f"<Landing {self.directory}>"
+
+    @property
+    def journal(self) -> str:
+        """Where the journal of this zone lies."""
+        return os.path.join(self.directory, "journal.db")
+
+    def close(self) -> None:
+        """Let go of the zone. Idempotent."""
+        at, self._at = self._at, -1
+        if at >= 0:
+            os.close(at)
+            self._owned.close()
+
+    def files(self) -> list[int]:
+        """The numbers of all files that there are."""
+        return [int(name) for name in os.listdir(self._at) if _NAME.match(name)]
+
+    def reserve_numbers(self, known: Iterator[int]) -> None:
+        """Give out none of `known` again."""
+        with self._lock:
+            self._next = max(self._next, *known, 0) + 1
+
+    def create(self) -> int:
+        """A new, empty file. Raises LandingFull, LandingBroken."""
+        self.check_room()
+        with self._lock:
+            number, self._next = self._next, self._next + 1
+            self._unsynced.add(number)
+        step("landing.before.create")
+        try:
+            os.close(os.open(str(number), os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._at))
+        except OSError as error:
+            raise _broken(self.directory, error) from error
+        step("landing.after.create")
+        return number
+
+    def open(self, number: int, *, writing: bool) -> LandedFile:
+        """Open a file. Raises LandingBroken, also when it is not there."""
+        try:
+            flags = (os.O_RDWR if writing else os.O_RDONLY) | os.O_CLOEXEC
+            return LandedFile(number, os.open(str(number), flags, dir_fd=self._at), writing=writing)
+        except OSError as error:
+            raise _broken(f"{self.directory}/{_FILES}/{number}", error) from error
+
+    def stat(self, number: int) -> os.stat_result:
+        """Size and times as they are now. Raises LandingBroken."""
+        try:
+            return os.stat(str(number), dir_fd=self._at)
+        except OSError as error:
+            raise _broken(f"{self.directory}/{_FILES}/{number}", error) from error
+
+    def truncate(self, number: int, size: int) -> None:
+        """Make it `size` bytes long. Raises LandingFull, LandingBroken."""
+        file = self.open(number, writing=True)
+        try:
+            os.ftruncate(file.descriptor, size)
+        except OSError as error:
+            raise _broken(self.directory, error) from error
+        finally:
+            file.close()
+
+    def set_mtime(self, number: int, mtime_ns: int) -> None:
+        """As utimens(2)."""
+        try:
+            os.utime(str(number), ns=(mtime_ns, mtime_ns), dir_fd=self._at)
+        except OSError as error:
+            raise _broken(self.directory, error) from error
+
+    def sync(self, number: int) -> None:
+        """Return when the file's bytes, and its name, are on the disk. Raises LandingBroken."""
+        step("landing.before.sync")
+        file = self.open(number, writing=False)
+        try:
+            os.fsync(file.descriptor)
+            with self._lock:
+                new = number in self._unsynced
+            if new:
+                os.fsync(self._at)
+                with self._lock:
+                    self._unsynced.discard(number)
+        except OSError as error:
+            raise _broken(self.directory, error) from error
+        finally:
+            file.close()
+        step("landing.after.sync")
+
+    def quiet(self, number: int) -> Quiet | None:
+        """The bytes of a file that nobody can write to until this is closed; None where somebody can.
+
+        Where the file system knows no leases, nobody is asked: then it is for the caller to know.
+        """
+        try:
+            descriptor = os.open(str(number), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._at)
+        except OSError as error:
+            raise _broken(f"{self.directory}/{_FILES}/{number}", error) from error
+        try:
+            # An open that breaks the lease is announced by a signal: one that is ignored by default.
+            fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            return Quiet(descriptor, leased=True)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            if error.errno in _NO_LEASES:
+                self.leases = False
+                return Quiet(descriptor, leased=False)
+            os.close(descriptor)
+            raise _broken(self.directory, error) from error
+
+    def discard(self, number: int) -> None:
+        """Remove a file; who has it open keeps it. Idempotent."""
+        step("landing.before.discard")
+        with suppress(FileNotFoundError):
+            os.unlink(str(number), dir_fd=self._at)
+        with self._lock:
+            self._unsynced.discard(number)
+        step("landing.after.discard")
+
+    def room(self) -> Room:
+        """How full the file system is, the reserve counted as full."""
+        try:
+            st = os.fstatvfs(self._at)
+        except OSError as error:
+            raise _broken(self.directory, error) from error
+        total = st.f_blocks * st.f_frsize
+        return Room(total, max(0, st.f_bavail * st.f_frsize - int(total * self._reserve)))
+
+    def check_room(self) -> None:
+        """Raise LandingFull where nothing more may be written."""
+        room = self.room()
+        if not room.free:
+            raise LandingFull(
+                f"the landing zone {self.directory} is full ({format_size(room.total)}, of which "
+                f"{self._reserve:.0%} is left free): wait for uploads (`datacache status`) or make room"
+            )
+
+
+def allocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2). Raises OSError."""
+    if _libc.fallocate(descriptor, mode, offset, length):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _broken(where: str, error: OSError) -> LandingError:
+    if error.errno in _FULL:
+        return LandingFull(f"the landing zone {where} is full: {error.strerror}")
+    return LandingBroken(f"the landing zone {where} fails: {error.strerror}")

@@ -1,0 +1,1 @@
+"""stub of the interface; the implementation follows"""
