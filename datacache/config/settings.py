@@ -141,6 +141,42 @@ class IndexSettings:
     """Name of the snapshot to use; empty for the live bucket."""
 
 
+class Durability(enum.StrEnum):
+    """When what was written survives a power cut of the node."""
+
+    CLOSE = "close"
+    """When close(2) has returned, and fsync(2)."""
+    FSYNC = "fsync"
+    """When fsync(2) has."""
+
+
+class Conflict(enum.StrEnum):
+    """What happens to our version of an object that somebody else has changed meanwhile."""
+
+    KEEP_BOTH = "keep-both"
+    """Theirs keeps the name, ours is put beside it, and said so."""
+    OVERWRITE = "overwrite"
+    """Ours takes its place."""
+    FAIL = "fail"
+    """Ours is not uploaded: a person decides."""
+
+
+@dataclass(frozen=True)
+class WritingSettings:
+    """The write path."""
+
+    enabled: bool = False
+    """Whether the data set can be written to (`--rw`)."""
+    landing: str = ""
+    """Directory in which what is written lies until the bucket has it; empty: one in `state`."""
+    durability: Durability = Durability.CLOSE
+    """When what was written survives a power cut."""
+    conflict: Conflict = Conflict.KEEP_BOTH
+    """Whose version stands when somebody else has changed the object."""
+    reserve: float = 0.05
+    """Fraction of the landing zone's file system that is left free."""
+
+
 @dataclass(frozen=True)
 class MountSettings:
     """The FUSE mount."""
@@ -201,6 +237,7 @@ class Settings:
     reading: ReadingSettings = field(default_factory=ReadingSettings)
     index: IndexSettings = field(default_factory=IndexSettings)
     mount: MountSettings = field(default_factory=MountSettings)
+    writing: WritingSettings = field(default_factory=WritingSettings)
     metrics: str = ""
     """HOST:PORT of the Prometheus page; empty: none."""
     log_level: str = "info"
@@ -214,6 +251,6 @@ class Settings:
 
 
 __all__ = [
-    "IO", "CacheSettings", "Consistency", "Fill", "IndexSettings", "MountSettings", "Placement", "Policy",
-    "ReadingSettings", "Settings", "SourceSettings", "TierSettings",
+    "IO", "CacheSettings", "Conflict", "Consistency", "Durability", "Fill", "IndexSettings", "MountSettings",
+    "Placement", "Policy", "ReadingSettings", "Settings", "SourceSettings", "TierSettings", "WritingSettings",
 ]  # fmt: skip

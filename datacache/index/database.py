@@ -423,6 +423,140 @@ class Database:
             run("COMMIT")
         return edition
 
+    @contextmanager
+    def changing(self) -> Iterator["Changing"]:
+        """Change names and versions that we know better than any listing, in one transaction."""
+        with self._writing, self.reading() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            changing = Changing(connection)
+            yield changing
+            changing.finish()
+            connection.execute("COMMIT")
+
+
+BURIED = -2
+"""`parent` of paths that were unlinked here: their rows name what is still open, under a name of nobody."""
+
+
+class Changing:
+    """What a writable data set does to the catalogue. A row that is `gone` is one that listings do not show;
+    those of what was written and is not in the store yet are."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._run = connection.execute
+        self.edition = 0
+        """Of all directories in `touched`, when this has finished."""
+        self.touched: set[int] = set()
+        self._counted = [0, 0, 0]
+
+    def claim(self, parent: int, name: bytes, kind: int, mount: int, key: bytes) -> tuple[int, int]:
+        """`ino` and generation of a name that is ours from now on: as a version that it never had."""
+        row = self._run(
+            "SELECT ino FROM paths WHERE parent=? AND name=? AND kind=?", (parent, name, kind)
+        ).fetchone()
+        if row is not None:
+            ino: int = row[0]
+            return ino, self.renew(ino)
+        added = self._run(
+            "INSERT INTO paths (parent, name, kind, size, mtime_ns, mount, key, etag, version_id, stamp,"
+            " archived, gone) VALUES (?,?,?,0,0,?,?,'','','',0,1)", (parent, name, kind, mount, key),
+        ).lastrowid  # fmt: skip
+        assert added is not None
+        return added, 0
+
+    def adopt(self, parent: int, name: bytes, mount: int, key: bytes) -> int:
+        """`ino` of a directory that the store has, known or not."""
+        row = self._run(
+            "SELECT ino FROM paths WHERE parent=? AND name=? AND kind=1", (parent, name)
+        ).fetchone()
+        if row is not None:
+            return int(row[0])
+        ino, _ = self.claim(parent, name, DIRECTORY, mount, key)
+        self._count(ino, -1)
+        self._run("UPDATE paths SET gone=0 WHERE ino=?", (ino,))
+        self._count(ino, 1)
+        self.touched.add(parent)
+        return ino
+
+    def renew(self, ino: int) -> int:
+        """The path has another version than before; its generation."""
+        self._touch(ino)
+        row = self._run("UPDATE paths SET generation=generation+1 WHERE ino=? RETURNING generation", (ino,))
+        return int(row.fetchall()[0][0])
+
+    def place(self, ino: int, parent: int, name: bytes, mount: int, key: bytes) -> None:
+        """The path is called so from now on, and listings do not show it. What had the name is buried."""
+        found = self._run(
+            "SELECT p.ino FROM paths p JOIN paths o ON o.ino=? WHERE p.parent=? AND p.name=?"
+            " AND p.kind=o.kind AND p.ino<>o.ino", (ino, parent, name),
+        ).fetchall()  # fmt: skip
+        for (other,) in found:
+            self.bury(other)
+        self._hide(ino)
+        self._run(
+            "UPDATE paths SET parent=?, name=?, mount=?, key=? WHERE ino=?", (parent, name, mount, key, ino)
+        )
+        self.touched.add(parent)
+
+    def bury(self, ino: int) -> None:
+        """The path has no name any more."""
+        self._hide(ino)
+        self._run("UPDATE paths SET parent=?, name=? WHERE ino=?", (BURIED, b"%d" % ino, ino))
+
+    def settle(self, ino: int, key: bytes, info: ObjectInfo | None) -> None:
+        """The store has it: the object `info`, or a directory."""
+        self._touch(ino)
+        self._count(ino, -1)
+        if info is None:
+            self._run("UPDATE paths SET gone=0, key=? WHERE ino=?", (key, ino))
+        else:
+            self._run(
+                "UPDATE paths SET gone=0, key=?, size=?, mtime_ns=?, etag=?, version_id=?, stamp=?,"
+                " archived=? WHERE ino=?",
+                (key, info.size, info.mtime_ns, *info.version, int(info.archived), ino),
+            )
+        self._count(ino, 1)
+
+    def vanish(self, parent: int, key: bytes) -> None:
+        """The store has nothing under this key any more."""
+        for (ino,) in self._run(
+            "SELECT ino FROM paths WHERE parent=? AND key=? AND NOT gone", (parent, key)
+        ).fetchall():
+            self._hide(ino)
+        self.touched.add(parent)
+
+    def known_empty(self, ino: int, began: float) -> None:
+        """A directory that was made here: there is nothing in it that would have to be listed."""
+        self._run("INSERT OR REPLACE INTO listings VALUES (?,?,0,0)", (ino, began))
+        self.touched.add(ino)
+
+    def _hide(self, ino: int) -> None:
+        self._touch(ino)
+        self._count(ino, -1)
+        self._run("UPDATE paths SET gone=1 WHERE ino=?", (ino,))
+
+    def _touch(self, ino: int) -> None:
+        self.touched.update(
+            parent for (parent,) in self._run("SELECT parent FROM paths WHERE ino=?", (ino,)).fetchall()
+        )
+
+    def _count(self, ino: int, sign: int) -> None:
+        row = self._run("SELECT kind, size FROM paths WHERE ino=? AND NOT gone", (ino,)).fetchone()
+        if row is not None:
+            kind, size = row
+            for i, change in enumerate((kind == FILE, size, kind == DIRECTORY)):
+                self._counted[i] += sign * change
+
+    def finish(self) -> None:
+        """The last part of the transaction."""
+        for name, change in zip(Totals._fields, self._counted, strict=True):
+            if change:
+                self._run("UPDATE meta SET value=value+? WHERE name=?", (change, name))
+        if self.touched:
+            self.edition = self._run(_NEXT_EDITION).fetchall()[0][0]
+            for parent in self.touched:
+                self._run("UPDATE listings SET edition=? WHERE ino=?", (self.edition, parent))
+
 
 class Listing:
     """A directory listing on its way into the catalogue."""
@@ -434,13 +568,18 @@ class Listing:
         """Keep a page. The same name again replaces what was there."""
         self._connection.executemany("INSERT OR REPLACE INTO temp.listed VALUES (?,?,?,?,?,?,?,?,?)", rows)
 
-    def commit(self, began: float, *, replaced: bool = False) -> Merged | None:
+    def commit(
+        self, began: float, *, replaced: bool = False, ours: Iterable[bytes] = (), held: Iterable[bytes] = ()
+    ) -> Merged | None:
         """Make the directory what was listed, as of wall time `began`; None if it is gone by now.
 
         One transaction: entries that are new or changed, those that are gone with all below them,
-        the totals, and that this directory is known.
+        the totals, and that this directory is known. Names of `ours` stay as they are: what was listed
+        is older than what is known of them. Keys of `held` are left out.
         """
         run, at = self._connection.execute, {"parent": self._directory.ino, "mount": self._directory.mount}
+        for key in held:
+            run("DELETE FROM temp.listed WHERE key=?", (key,))
         run(_GIVE_WAY)
         entries: int = run("SELECT count(*) FROM temp.listed").fetchone()[0]
         with self._writing:
@@ -448,6 +587,8 @@ class Listing:
             if run("SELECT gone FROM paths WHERE ino=:parent", at).fetchone()[0]:
                 run("ROLLBACK")
                 return None
+            for known in ours:
+                self._keep(known)
             before, lost_directories = self._totals(), 0
             lost = run(_FIND_LOST, at).rowcount
             gone = self._replaced() if replaced else []
@@ -468,6 +609,15 @@ class Listing:
             run("INSERT OR REPLACE INTO listings VALUES (?,?,?,?)", (at["parent"], began, entries, edition))
             run("COMMIT")
         return Merged(entries, edition, lost_directories > 0, gone)
+
+    def _keep(self, name: bytes) -> None:
+        run, which = self._connection.execute, (self._directory.ino, name)
+        run("DELETE FROM temp.listed WHERE name=?", (name,))
+        run(
+            "INSERT INTO temp.listed SELECT name, kind, size, mtime_ns, key, etag, version_id, stamp,"
+            " archived FROM paths WHERE parent=? AND name=? AND NOT gone",
+            which,
+        )
 
     def _totals(self) -> Totals:
         run = self._connection.execute

@@ -24,6 +24,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from cachetools import LRUCache
@@ -32,7 +33,7 @@ from datacache.clock import Clock
 from datacache.config.settings import Consistency, IndexSettings
 from datacache.errors import IndexFull, NoSuchPath, NotADirectory, NotFound, Unavailable, WrongBytes
 from datacache.index import names, walking
-from datacache.index.database import DIRECTORY, FILE, NO_MOUNT, Database, ListedRow, Merged
+from datacache.index.database import DIRECTORY, FILE, NO_MOUNT, Changing, Database, ListedRow, Merged
 from datacache.index.index import ROOT, IndexStats
 from datacache.index.remembered import Known, Remembered
 from datacache.model import Entry, Kind
@@ -126,6 +127,10 @@ class LiveIndex:
         self._flights: dict[tuple[str, int], Future[None]] = {}
         self._stale = self._listings = 0
         self._said_full = False
+        # Names whose state we know better than a listing that began before the turn.
+        self._ours: dict[int, dict[bytes, int]] = {}
+        # Keys that are not shown, whatever the store says, by directory.
+        self._held: dict[int, set[bytes]] = {}
 
     def __repr__(self) -> str:
         return f"<LiveIndex {self._database.path} {self._listings} listings, {len(self._flights)} under way>"
@@ -220,6 +225,63 @@ class LiveIndex:
 
     def close(self) -> None:
         self._database.close()
+
+    # What a writable data set does to it (`datacache.writing.overlay`)
+
+    def known_child(self, parent: int, name: bytes) -> Entry | None:
+        """`name` in directory `parent` as far as it is known; no store is asked, whatever its age."""
+        return self._database.child(parent, name)
+
+    def known_children(self, parent: int, *, after: int = 0, limit: int = 1000) -> list[Entry]:
+        """`children` of the same kind."""
+        return self._database.children(parent, after, limit)
+
+    def version(self, ino: int, generation: int) -> Entry | None:
+        """That version of a path, named or not, if it is known."""
+        return self._database.version(ino, generation)
+
+    @contextmanager
+    def changing(self, *ours: tuple[int, bytes]) -> Iterator[Changing]:
+        """Change names and versions, in one transaction. A listing that has begun before this ends leaves
+        the names `ours`, by parent, as they are now."""
+        with self._landing:
+            with self._database.changing() as changing:
+                yield changing
+            turn = next(self._turns)
+            with self._lock:
+                for parent in changing.touched:
+                    directory = self._directories.get(parent)
+                    if directory is not None:
+                        directory.edition = changing.edition
+                for parent, name in ours:
+                    self._ours.setdefault(parent, {})[name] = turn
+
+    def hold(self, parent: int, key: bytes) -> None:
+        """Show an object of directory `parent` no more, whatever listings say, until `let_go`."""
+        with self._lock:
+            self._held.setdefault(parent, set()).add(key)
+
+    def let_go(self, parent: int, key: bytes) -> None:
+        """Undo `hold`."""
+        with self._lock:
+            held = self._held.get(parent)
+            if held is not None:
+                held.discard(key)
+                if not held:
+                    del self._held[parent]
+
+    def _better_known(self, parent: int, began: _Moment) -> list[bytes]:
+        """Names of `ours` that are newer than a listing that began then; the others are forgotten."""
+        with self._lock:
+            ours = self._ours.get(parent)
+            if ours is None:
+                return []
+            newer = {name: turn for name, turn in ours.items() if turn > began.turn}
+            if newer:
+                self._ours[parent] = newer
+            else:
+                del self._ours[parent]
+            return list(newer)
 
     # What is known
 
@@ -358,7 +420,12 @@ class LiveIndex:
             for page in source.list(parent.key, recursive=False):
                 listing.add(listed_rows(page, parent.key, source.uri))
             with self._landing:
-                merged = listing.commit(began.wall, replaced=self._on_replaced is not None)
+                merged = listing.commit(
+                    began.wall,
+                    replaced=self._on_replaced is not None,
+                    ours=self._better_known(parent.ino, began),
+                    held=tuple(self._held.get(parent.ino, ())),
+                )
                 if merged is not None:
                     self._listed(parent, began, merged)
         if merged is None:
@@ -395,6 +462,9 @@ class LiveIndex:
             directory = self._directory(parent.ino)
             if directory.began is None or directory.began.turn > began.turn:
                 return  # a listing that began later was faster, and knows better
+            with self._lock:
+                if self._ours.get(parent.ino, {}).get(child.name, 0) > began.turn:
+                    return  # and so do we
             edition = self._database.renew(child, info) if info is not None else None
             with self._lock:
                 directory.asked[child.ino] = began

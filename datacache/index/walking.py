@@ -53,7 +53,7 @@ def walk(index: Steps, path: str) -> Iterator[tuple[str, Entry]]:
     """All files at or below `path`. Holds one page of each directory on the way down."""
     top = resolve(index, path)
     here = path_of(index, top.ino)
-    if top.kind is Kind.FILE:
+    if top.kind is not Kind.DIRECTORY:
         yield here, top
         return
     descent = [(here.rstrip("/") + "/", _all_children(index, top.ino))]
@@ -61,7 +61,7 @@ def walk(index: Steps, path: str) -> Iterator[tuple[str, Entry]]:
         prefix, entries = descent[-1]
         for entry in entries:
             at = prefix + names.to_text(entry.name)
-            if entry.kind is Kind.FILE:
+            if entry.kind is not Kind.DIRECTORY:
                 yield at, entry
             else:
                 descent.append((at + "/", _all_children(index, entry.ino)))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
-from datacache.errors import LandingBroken, LandingFull
+from datacache.errors import LandingBroken, LandingError, LandingFull
 from datacache.model import Kind, ObjectInfo, Version
 from datacache.writing.steps import step
 
@@ -38,7 +38,7 @@ CREATE TABLE nodes (
 );
 CREATE TABLE hidden (
     parent INTEGER NOT NULL, name BLOB NOT NULL, mount INTEGER NOT NULL, key BLOB NOT NULL,
-    PRIMARY KEY (parent, name)
+    PRIMARY KEY (mount, key)
 ) WITHOUT ROWID;
 CREATE TABLE ops (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind INTEGER NOT NULL, ino INTEGER NOT NULL,
@@ -111,7 +111,8 @@ class Op:
     seq: int
     """Its place in the order; 0 until it is added."""
     id: str
-    """Of this operation only; put into the object's metadata, so that a lost answer can be told."""
+    """Of this operation and this content only; put into the object's metadata, so that a lost answer can be
+    told. "LINEAGE.COUNT": what is written again before it was sent keeps the lineage."""
     kind: OpKind
     ino: int
     """The node that it is for, or that was renamed away (`DELETE`); 0: none any more."""
@@ -120,13 +121,18 @@ class Op:
     barrier: bool = False
     """Not before all that is earlier is done."""
     expected: str | Version = NOTHING
-    """What the bucket holds under the key before: a version, `NOTHING`, or `ANYTHING` where that is not known."""
+    """What the bucket holds under the key before: a version, `NOTHING`, or `ANYTHING`: that is not known."""
     landing: int = 0
     origin: ObjectInfo | None = None
     since: float = 0.0
     """Wall time of the close, rename or unlink that it is from; 0: not due, for its file was never closed."""
     resume: str = ""
     """What the sink wants to know when it goes on after a restart."""
+
+    @property
+    def lineage(self) -> str:
+        """What the ids of all contents of this operation begin with."""
+        return self.id.partition(".")[0]
 
     @property
     def keys(self) -> tuple[tuple[int, str], ...]:
@@ -137,7 +143,7 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """A name that the bucket still shows, until an operation is done."""
+    """An object that the bucket still has, and that is not shown, until an operation is done."""
 
     parent: int
     name: bytes
@@ -217,7 +223,9 @@ class Journal:
         with self._waiting:
             self._syncing = False
             self._syncs_done = mine
-            self._failed = self._failed or failed  # a failed sync may have dropped what it was about: for ever
+            self._failed = (
+                self._failed or failed
+            )  # a failed sync may have dropped what it was about: for ever
             self._waiting.notify_all()
             self._check()
 
@@ -252,7 +260,7 @@ class Journal:
                     self._db.execute("ROLLBACK")
             raise
 
-    def _broken(self, error: sqlite3.Error) -> LandingBroken:
+    def _broken(self, error: sqlite3.Error) -> LandingError:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
             return LandingFull(f"the landing zone has no room for its journal {self.path}")
         return LandingBroken(f"the journal {self.path} fails ({error}); check the disk of the landing zone")
@@ -323,11 +331,8 @@ class Change:
         return replace(op, seq=seq)
 
     def update_op(self, op: Op) -> None:
-        """Keep what may change of it: `id`, `ino`, `expected`, `since`, `resume`."""
-        self._run(
-            "UPDATE ops SET id=?, ino=?, expected=?, since=?, resume=? WHERE seq=?",
-            (op.id, op.ino, _dump_expected(op.expected), op.since, op.resume, op.seq),
-        )
+        """Keep it in place of what has its `seq`."""
+        self._run(f"INSERT OR REPLACE INTO ops ({_OP}) VALUES ({_marks(_OP)})", _of_op(op))
 
     def drop_op(self, seq: int) -> None:
         self._run("DELETE FROM ops WHERE seq=?", (seq,))
@@ -338,9 +343,9 @@ class Change:
             (hidden.parent, hidden.name, hidden.mount, _blob(hidden.key)),
         )
 
-    def show(self, parent: int, name: bytes) -> None:
+    def show(self, mount: int, key: str) -> None:
         """Hide it no longer."""
-        self._run("DELETE FROM hidden WHERE parent=? AND name=?", (parent, name))
+        self._run("DELETE FROM hidden WHERE mount=? AND key=?", (mount, _blob(key)))
 
     def clear_hidden(self) -> None:
         self._run("DELETE FROM hidden")

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from datacache.cache.owner import Owner, OwnerLock, take_lock
-from datacache.errors import LandingBroken, LandingError, LandingFull
+from datacache.errors import LandingBroken, LandingError, LandingFull, Stopped
 from datacache.model import Buffer, format_size
 from datacache.writing.steps import step
 
@@ -73,23 +73,37 @@ class LandedFile:
 
 
 class Quiet:
-    """A landing file that nobody can write to, as long as this is open: the bytes for an upload."""
+    """A landing file that nobody can write to, as long as this is open: the bytes of an upload.
+
+    Thread-safe. Whoever wants to write calls `stop` first; from then on nothing can be read.
+    """
 
     def __init__(self, descriptor: int, *, leased: bool) -> None:
         self._descriptor, self.leased = descriptor, leased
         found = os.fstat(descriptor)
         self.size, self.mtime_ns = found.st_size, found.st_mtime_ns
+        self._lock = threading.Lock()  # held while bytes are read: after `stop` none are any more
+        self.stopped = False
 
     def read(self, offset: int, length: int) -> Buffer:
-        """Up to `length` bytes; fewer only at the end. Raises LandingBroken."""
-        try:
-            return os.pread(self._descriptor, length, offset)
-        except OSError as error:
-            raise LandingBroken(f"a landing file cannot be read: {error.strerror}") from error
+        """Up to `length` bytes; fewer only at the end. Raises Stopped, LandingBroken."""
+        with self._lock:
+            if self._descriptor < 0:
+                raise Stopped("somebody writes to the file again")
+            try:
+                return os.pread(self._descriptor, length, offset)
+            except OSError as error:
+                raise LandingBroken(f"a landing file cannot be read: {error.strerror}") from error
+
+    def stop(self) -> None:
+        """Let others write; what is read after this is Stopped. Idempotent."""
+        self.stopped = True
+        self.close()
 
     def close(self) -> None:
         """Let others write again. Idempotent."""
-        descriptor, self._descriptor = self._descriptor, -1
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with suppress(OSError):
                 fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -112,7 +126,9 @@ class Landing:
                 os.fsync(at)  # the directory of the files is there after a power cut, too
             finally:
                 os.close(at)
-            self._at = os.open(os.path.join(self.directory, _FILES), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._at = os.open(
+                os.path.join(self.directory, _FILES), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            )
         except OSError as error:
             raise _broken(self.directory, error) from error
         self._lock = threading.Lock()  # guards the next two
@@ -153,7 +169,11 @@ class Landing:
             self._unsynced.add(number)
         step("landing.before.create")
         try:
-            os.close(os.open(str(number), os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._at))
+            os.close(
+                os.open(
+                    str(number), os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._at
+                )
+            )
         except OSError as error:
             raise _broken(self.directory, error) from error
         step("landing.after.create")

@@ -1,0 +1,206 @@
+"""A writable data set without a mount: an overlay over a bucket in memory, and who pays the bucket."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from datacache.cache.owner import Owner
+from datacache.clock import VirtualClock
+from datacache.config.settings import Conflict, IndexSettings
+from datacache.errors import NoSuchPath, NotFound, Stopped
+from datacache.index.index import ROOT
+from datacache.index.live import LiveIndex
+from datacache.index.opening import open_index
+from datacache.model import ByteRange, Dataset, Entry, Kind, MountPoint, ObjectInfo
+from datacache.sources.memory import MemorySource
+from datacache.sources.sink import Stored
+from datacache.writing.journal import ANYTHING, NOTHING, Journal, Op, OpKind
+from datacache.writing.landing import Landing, Quiet
+from datacache.writing.overlay import Overlay
+from datacache.writing.schedule import runnable
+
+DATASET = Dataset("model", (MountPoint("memory://test", "/"),))
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+@dataclass
+class Place:
+    """What outlives a process: the disk, the bucket and the time."""
+
+    root: Path
+    bucket: MemorySource
+    clock: VirtualClock
+
+    @staticmethod
+    def new() -> "Place":
+        return Place(Path(tempfile.mkdtemp(prefix="datacache-model-")), MemorySource(), VirtualClock())
+
+    def remove(self) -> None:
+        shutil.rmtree(self.root)
+
+
+class Mounted:
+    """One life of a writable data set."""
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        resumed: bool = False,
+        conflict: Conflict = Conflict.KEEP_BOTH,
+        ttl: float = 10.0,
+    ) -> None:
+        self.place = place
+        index = open_index(
+            DATASET, [place.bucket], IndexSettings(ttl=ttl), state=str(place.root / "state"), clock=place.clock,
+            resumed=resumed,
+        )  # fmt: skip
+        assert isinstance(index, LiveIndex)
+        self.index = index
+        self.landing = Landing(str(place.root), Owner(os.getpid(), "", ""), reserve=0.0)
+        self.journal = Journal(self.landing.journal)
+        self.kept: dict[str, bytes] = {}
+        self.overlay = Overlay(
+            index, self.journal, self.landing, clock=place.clock, bring=self._bring, keep=self._keep,
+            roots=[ROOT], conflict=conflict, resumed=resumed,
+        )  # fmt: skip
+
+    def _bring(self, entry: Entry, descriptor: int) -> None:
+        info = ObjectInfo(entry.key, entry.size, entry.version, entry.mtime_ns)
+        os.pwrite(descriptor, self.place.bucket.read(info, ByteRange(0, entry.size)), 0)
+
+    def _keep(self, entry: Entry, content: Quiet) -> None:
+        self.kept[entry.key] = bytes(content.read(0, content.size))
+
+    def close(self) -> None:
+        """As it ends, and as if it were killed: nothing is put in order."""
+        self.index.close()
+        self.journal.close()
+        self.landing.close()
+
+    # What programs do
+
+    def at(self, path: str) -> tuple[int, bytes]:
+        above, _, name = path.rpartition("/")
+        return self.overlay.resolve(above or "/").ino, name.encode()
+
+    def write(self, path: str, data: bytes, offset: int | None = None) -> None:
+        """Open, creating it, write, close; without `offset` in place of what was there."""
+        parent, name = self.at(path)
+        try:
+            ino = self.overlay.lookup(parent, name).ino
+        except NoSuchPath:
+            ino = self.overlay.create(parent, name, mode=0o644, uid=1, gid=2).ino
+        else:
+            self.overlay.land(ino, truncate=offset is None)
+        file = self.overlay.open(ino, writing=True)
+        os.pwrite(file.descriptor, data, offset or 0)
+        self.overlay.sync(ino)
+        self.overlay.closed(ino, file)
+
+    def read(self, path: str) -> bytes:
+        entry = self.overlay.resolve(path)
+        return self.read_entry(entry)
+
+    def read_entry(self, entry: Entry) -> bytes:
+        if self.overlay.landed(entry.ino):
+            file = self.overlay.open(entry.ino, writing=False)
+            try:
+                return os.pread(file.descriptor, 1 << 20, 0)
+            finally:
+                self.overlay.closed(entry.ino, file)
+        if not entry.size:
+            return b""
+        info = ObjectInfo(entry.key, entry.size, entry.version, entry.mtime_ns)
+        return bytes(self.place.bucket.read(info, ByteRange(0, entry.size)))
+
+    def tree(self) -> dict[str, bytes | None]:
+        """All paths: the bytes of files, None for directories."""
+        found: dict[str, bytes | None] = {}
+        below = [("", ROOT)]
+        while below:
+            prefix, ino = below.pop()
+            after = 0
+            while page := self.overlay.children(ino, after=after, limit=3):
+                for entry in page:
+                    path = f"{prefix}/{entry.name.decode()}"
+                    assert path not in found, f"{path} is listed twice"
+                    if entry.kind is Kind.DIRECTORY:
+                        found[path] = None
+                        below.append((path, entry.ino))
+                    else:
+                        found[path] = self.read_entry(entry)
+                after = page[-1].ino
+        return found
+
+    # Who pays
+
+    def pay(self, choose: int = 0, *, stop: bool = False) -> bool:
+        """Do one operation that may be done; whether there was one. `stop`: it is given up halfway."""
+        ops = self.overlay.ops()
+        ready = runnable(ops, ())
+        if not ready:
+            return False
+        op = self.overlay.begin(ready[choose % len(ready)])
+        assert op is not None
+        self.do(op, stop=stop)
+        return True
+
+    def in_bucket(self, key: str) -> ObjectInfo | None:
+        try:
+            return self.place.bucket.stat(key)
+        except NotFound:
+            return None
+
+    def do(self, op: Op, *, stop: bool = False) -> None:
+        bucket = self.place.bucket
+        there = self.in_bucket(op.key)
+        if op.kind is OpKind.DELETE:
+            if there is not None and op.expected not in (ANYTHING, there.version):
+                self.overlay.conflict(op, Stored(there, {}, "digest"))
+                return
+            if there is not None:
+                bucket.delete(op.key)
+            self.overlay.settled(op, None, None)
+            return
+        content: Quiet | None = None
+        if op.landing:
+            content = self.overlay.content(op)
+            if content is None or stop:
+                if content is not None:
+                    content.close()
+                self.overlay.stopped(op)
+                return
+        if op.expected != ANYTHING and op.expected != (NOTHING if there is None else there.version):
+            self.overlay.conflict(op, None if there is None else Stored(there, {}, "digest"))
+            if content is not None:
+                content.close()
+            return
+        try:
+            if content is not None:
+                data = bytes(content.read(0, content.size)) if content.size else b""
+            elif op.origin is not None:
+                data = bytes(bucket.read(op.origin, ByteRange(0, op.origin.size))) if op.origin.size else b""
+            else:
+                data = b""
+        except Stopped:
+            self.overlay.stopped(op)
+            return
+        bucket.put(op.key, data)
+        found = self.in_bucket(op.key)
+        assert found is not None
+        self.overlay.settled(op, Stored(found, self.overlay.metadata(op), "digest"), content)
+        if content is not None:
+            content.close()
+
+    def drain(self) -> None:
+        """All that is due."""
+        for _ in range(1000):
+            if not self.pay():
+                return
+        raise AssertionError(f"it does not end: {self.overlay.ops()}")
