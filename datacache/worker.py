@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datacache.cache.directory import Owner
 from datacache.cache.tiered import TieredCache, open_cache
@@ -29,7 +29,8 @@ from datacache.cluster.registry import Registration
 from datacache.config.keys import applicable
 from datacache.config.settings import Settings, TierSettings
 from datacache.errors import ControlError, SettingError
-from datacache.index.index import Index
+from datacache.index.index import ROOT, Index
+from datacache.index.live import LiveIndex
 from datacache.index.manifest import Manifest, read_manifest
 from datacache.index.opening import open_index
 from datacache.model import ByteRange, CacheKey, Dataset, Entry, GiB, Kind, MiB, MountPoint, format_size
@@ -39,6 +40,9 @@ from datacache.reading.reader import Reader
 from datacache.sources.opening import open_source
 from datacache.sources.source import Source
 from datacache.sources.steady import SteadySource
+
+if TYPE_CHECKING:
+    from datacache.writing.opening import Writing
 
 _log = logging.getLogger(__name__)
 
@@ -83,12 +87,13 @@ class Worker:
 
     `pid` is the process that others know it by, where that is not this one; `resumed` says that the mount
     was served by another before, so that names which the kernel was told then mean something: by the index
-    whose identity is `index`, and no other.
+    whose identity is `index`, and no other. `passthrough`: writers are the kernel's own, so that the kernel
+    can be asked for them.
     """
 
     def __init__(
         self, settings: Settings, *, clock: Clock | None = None, mount: str = "", pid: int | None = None,
-        resumed: bool = False, index: str = "",
+        resumed: bool = False, index: str = "", passthrough: bool = False,
     ) -> None:  # fmt: skip
         _keep_freed_memory()
         _take_descriptors()
@@ -117,17 +122,25 @@ class Worker:
                 owner=Owner(os.getpid(), mount, self.socket), clock=self.clock,
             )  # fmt: skip
             building.callback(self.cache.close)
-            self.index: Index = open_index(
+            bucket = open_index(
                 dataset, self.sources, settings.index, state=settings.state, clock=self.clock,
                 manifest=manifest, cache_entries=settings.mount.metadata_entries,
                 on_replaced=self._superseded, resumed=resumed, identity=index,
             )  # fmt: skip
-            building.callback(self.index.close)
+            building.callback(bucket.close)
+            self.index: Index = bucket
+            """The names of the data set, those that were written included."""
             self.reader = Reader(
-                self.sources, self.cache, settings.reading, clock=self.clock, siblings=self.index.children
+                self.sources, self.cache, settings.reading, clock=self.clock, siblings=bucket.children
             )
             building.callback(self.reader.close)
-            self.loads = Loads(self.index, self.reader, self.cache, settings.reading, clock=self.clock)
+            self.writing: Writing | None = None
+            if settings.writing.enabled:
+                self.writing = building.enter_context(
+                    self._opened_writing(bucket, resumed=resumed, leases_tell=passthrough)
+                )
+                self.index = self.writing.overlay
+            self.loads = Loads(bucket, self.reader, self.cache, settings.reading, clock=self.clock)
             building.callback(self.loads.close)
             building.callback(self._give_up)
             self._stack = building.pop_all()
@@ -152,6 +165,31 @@ class Worker:
         self.loads.stop()  # first, so that what the sources give up is no failure of theirs
         for source in self.sources:
             source.close()
+
+    @contextmanager
+    def _opened_writing(self, bucket: Index, *, resumed: bool, leases_tell: bool) -> "Iterator[Writing]":
+        # Here, as it imports much, and most data sets are only read.
+        from datacache.sources.opening import open_sink
+        from datacache.writing.opening import open_writing
+
+        if not isinstance(bucket, LiveIndex):
+            raise SettingError("rw", "true", "a live bucket: what is pinned cannot be written")
+        settings = self.settings
+        with ExitStack() as building:
+            sinks = []
+            for point in settings.dataset.mounts:
+                sink = open_sink(
+                    point, settings=settings.sources, environment=settings.environment, clock=self.clock
+                )
+                building.callback(sink.close)
+                sinks.append(sink)
+            yield building.enter_context(
+                open_writing(
+                    settings, index=bucket, reader=self.reader, cache=self.cache, sinks=sinks,
+                    owner=Owner(os.getpid(), self.mount, self.socket), clock=self.clock, resumed=resumed,
+                    leases_tell=leases_tell,
+                )
+            )  # fmt: skip
 
     def registration(self) -> Registration:
         """What other processes find it by (`cluster.registry`)."""
@@ -206,6 +244,7 @@ class Worker:
             },
             "sources": [_source_status(source) for source in self.sources],
             "loads": self._load_states(),
+            **({"writing": self.writing.status()} if self.writing is not None else {}),
             **{name: stats() for name, stats in self._attached.items()},
         }
 
@@ -249,6 +288,13 @@ class Worker:
         else:
             pins.difference_update(copies)
         return len(copies)
+
+    def flush(self, path: str, *, timeout: float) -> dict[str, Any]:
+        if self.writing is None:
+            raise ControlError("the data set is mounted read-only: there is nothing to flush")
+        top = self.index.resolve(path)
+        where = None if top.ino == ROOT else self.index.path(top.ino)
+        return self.writing.flush(top if where is not None else None, timeout=timeout)
 
     def verify(self) -> dict[str, int]:
         def go_on(*_: object) -> None:

@@ -99,13 +99,30 @@ MOUNT = (
          "(no requests for what it has read), served, or auto: pagecache for snapshots of small files, "
          "else passthrough; default auto"),
 )  # fmt: skip
+WRITING = (
+    Flag("rw", "", "let files be written, too; they are durable when they are closed, and in the bucket later"),
+    Flag("landing", "DIR", "where what is written lies until the bucket has it: on a disk that survives a "
+         "power cut; default: a directory in --state"),
+    Flag("durability", "WHEN", "what was written survives a power cut when close(2) has returned (close), or "
+         "only when fsync(2) has (fsync); default close"),
+    Flag("conflict", "HOW", "somebody else has changed the object meanwhile: keep-both (ours beside it), "
+         "overwrite, or fail; default keep-both"),
+    Flag("landing-reserve", "FRACTION", "of the landing zone's file system that is left free; default 0.05"),
+    Flag("upload-mode", "MODE", "close(2) returns when it is durable here (async) or in the bucket (sync); "
+         "default async"),
+    Flag("upload-order", "ORDER", "free, or closes: files reach the bucket in the order of their closes; "
+         "default free"),
+    Flag("upload-delay", "DURATION", "after a close before the upload begins; default 0s"),
+    Flag("upload-bandwidth", "SIZE", "bytes a second for all uploads together; default 0, no limit"),
+    Flag("upload-concurrency", "N", "uploads under way at most; default 8"),
+)  # fmt: skip
 DAEMON = (
     Flag("metrics", "HOST:PORT", "serve Prometheus metrics there; default: not at all"),
     Flag("log-level", "LEVEL", "debug, info, warning or error; default info"),
     Flag("log-format", "FORMAT", "text or json; default text"),
     Flag("log-file", "FILE", "default: mount.log in the state directory; in the foreground standard error"),
 )
-_NAMES = {flag.name for flag in (*DATASET, *CACHE, *READING, *STORE, *MOUNT, *DAEMON)}
+_NAMES = {flag.name for flag in (*DATASET, *CACHE, *READING, *STORE, *MOUNT, *WRITING, *DAEMON)}
 
 
 def add_dataset_flags(parser: argparse.ArgumentParser, *, reading: bool = True) -> None:
@@ -121,6 +138,7 @@ def add_dataset_flags(parser: argparse.ArgumentParser, *, reading: bool = True) 
 def add_mount_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the FUSE mount and its daemon."""
     _add(parser, "the mount", MOUNT)
+    _add(parser, "writing", WRITING)
     _add(parser, "the daemon", DAEMON)
 
 

@@ -42,6 +42,8 @@ COMMANDS = {
     "status": Command("status", "how mounts and their caches are doing"),
     "ls": Command("ls", "list a directory: what of it is cached, and where"),
     "stat": Command("ls", "all about one path: version, URI, what is cached where"),
+    "flush": Command("flush", "wait until what was written is in the bucket"),
+    "recover": Command("recover", "upload what a landing zone still holds, without a mount"),
     "evict": Command("evict", "drop cached copies"),
     "pin": Command("pin", "keep cached copies from eviction"),
     "unpin": Command("pin", "let pinned copies be evicted again"),

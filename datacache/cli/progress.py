@@ -74,6 +74,29 @@ def follow(
             clock.wait(never, LOOK)
 
 
+@contextmanager
+def told(
+    *, out: TextIO = sys.stderr, quiet: bool = False, clock: Clock | None = None
+) -> Iterator[Callable[[str], None]]:
+    """What shows how something goes, in one line: again and again on a terminal, every few seconds elsewhere."""
+    clock, live = clock or SystemClock(), not quiet and out.isatty()
+    last = clock.monotonic()
+
+    def update(text: str) -> None:
+        nonlocal last
+        if live:
+            print(f"\r\x1b[K{text}", end="", file=out, flush=True)
+        elif not quiet and clock.monotonic() - last >= LINE:
+            last = clock.monotonic()
+            print(text, file=out, flush=True)
+
+    try:
+        yield update
+    finally:
+        if live:
+            print("\r\x1b[K", end="", file=out, flush=True)
+
+
 Update = Callable[[LoadStatus], None]
 
 

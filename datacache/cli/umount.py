@@ -12,7 +12,8 @@ import signal
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from datacache.errors import MountError, SettingError
+from datacache.errors import ControlError, MountError, SettingError
+from datacache.model import format_size
 
 if TYPE_CHECKING:
     from datacache.cluster.registry import Registration
@@ -22,9 +23,13 @@ END_TIMEOUT = 30.0
 FORCE_TIMEOUT = 3.0
 """The same with --force, before it is killed. Its cache survives that."""
 
+ASK_TIMEOUT = 10.0
+"""Seconds for a worker to say what is not in the bucket yet."""
+
 EXAMPLES = """\
 examples:
   datacache umount /mnt/train
+  datacache umount /mnt/results --drain   first upload what was written
   datacache umount /mnt/train --lazy      detach now; the daemon ends with the last open file
   datacache umount /mnt/train --force     abort what is being read, end a daemon that hangs
 """
@@ -38,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--lazy", action="store_true", help="detach now and return; who has files open may go on reading them"
     )
+    how.add_argument(
+        "--drain", action="store_true", help="first wait until what was written is in the bucket"
+    )
+    how.add_argument(
+        "--leave", action="store_true",
+        help="leave what is not in the bucket yet in the landing zone: the next mount uploads it",
+    )  # fmt: skip
     how.add_argument(
         "--force", action="store_true", help="abort the reads under way, and kill a daemon that does not end"
     )
@@ -57,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if mountpoint.clean_stale(directory):
         return 0
+    if worker is not None and not (args.leave or args.lazy or args.force):
+        _settle(worker, directory, drain=args.drain)
     # Opened before the unmount: afterwards the number may belong to another process.
     daemon = _process(worker.pid) if worker is not None else -1
     try:
@@ -72,6 +86,30 @@ def run(args: argparse.Namespace) -> int:
             os.close(daemon)
     print(f"{directory}: unmounted")
     return 0
+
+
+def _settle(worker: "Registration", directory: str, *, drain: bool) -> None:
+    """See to it that nothing is written there that the bucket does not have. Raises MountError."""
+    from datacache.cli import flush, targets
+
+    control = targets.Place(worker, "/").control(timeout=ASK_TIMEOUT)
+    try:
+        writing = control.status().get("writing")
+    except ControlError:
+        return  # it does not answer: what it wrote is durable, and nothing is won by waiting
+    if not writing:
+        return
+    if drain:
+        answer = flush.wait(control, "/", timeout=float("inf"))
+        if not answer["open"]:
+            return
+        writing = writing | {"dirty_files": answer["open"], "dirty_due": 0}
+    if writing["dirty_due"] or writing["dirty_files"]:
+        raise MountError(
+            f"{directory}: {writing['dirty_files']} files ({format_size(writing['dirty_bytes'])}) and "
+            f"{writing['dirty_due']} changes in all are not in the bucket yet; --drain waits for them, "
+            "--leave unmounts now, and the next mount with this landing zone uploads them"
+        )
 
 
 def _worker(target: str, mounted: str) -> "Registration | None":

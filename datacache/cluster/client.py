@@ -59,6 +59,9 @@ class ControlClient:
     def pin(self, path: str, pinned: bool) -> int:
         return int(self._call("POST", "/v1/pin", {"path": path, "pinned": pinned})["files"])
 
+    def flush(self, path: str, *, timeout: float) -> dict[str, Any]:
+        return dict(self._call("POST", "/v1/flush", {"path": path, "timeout": float(timeout)}))
+
     def verify(self) -> dict[str, int]:
         # It reads the whole cache: as long as the worker lives it is waited for.
         return dict(self._call("POST", "/v1/verify", {}, patient=True))

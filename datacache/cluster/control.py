@@ -55,5 +55,9 @@ class Control(Protocol):
     def pin(self, path: str, pinned: bool) -> int:
         """Keep the copies of all files below `path` from eviction, or no longer; files."""
 
+    def flush(self, path: str, *, timeout: float) -> dict[str, Any]:
+        """Wait until all that was closed below `path` is in the bucket, for `timeout` seconds at most;
+        `clean` says whether it is."""
+
     def verify(self) -> dict[str, int]:
         """Hold every block of the cache against its checksum; the counts of `VerifyReport`."""

@@ -47,6 +47,8 @@ _log = logging.getLogger(__name__)
 
 CALLS = 8
 """Calls that run at once; a verify takes one of them for as long as it lasts."""
+FLUSH = 10.0
+"""Seconds that one flush waits at most: who wants to wait longer asks again."""
 CONNECTIONS = 64
 """Connections at once, on the socket and on the port each."""
 REQUEST = 64 * MiB
@@ -236,6 +238,11 @@ class _Handlers:
         def evicted(path: str, dry_run: bool = False) -> Any:
             return dict(zip(("files", "bytes"), control.evict(path, dry_run=dry_run), strict=True))
 
+        def flushed(path: str, timeout: float = 0.0) -> Any:
+            if not 0 <= timeout <= FLUSH:
+                raise SettingError("timeout", timeout, f"0 to {FLUSH:g} seconds; ask again")
+            return control.flush(path, timeout=timeout)
+
         def load(**request: Any) -> Any:
             lists = {k: tuple(v) for k, v in request.items() if isinstance(v, list)}
             return {"job": control.load(LoadRequest(**{**request, **lists}))}
@@ -250,6 +257,7 @@ class _Handlers:
             "evict": _Call(evicted, path, {"dry_run": bool}),
             "pin": _Call(lambda path, pinned: {"files": control.pin(path, pinned)}, {**path, "pinned": bool}),
             "verify": _Call(lambda: control.verify(), {}),
+            "flush": _Call(flushed, path, {"timeout": float}),
         }
 
     def _answer(self, call: "_Call") -> Callable[[web.Request], Awaitable[web.Response]]:

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from datacache.config.settings import IO, Consistency, Fill, Placement, Policy
+from datacache.config.settings import (
+    IO, Conflict, Consistency, Durability, Fill, Placement, Policy, UploadMode, UploadOrder,
+)  # fmt: skip
 from datacache.model import GiB, KiB, Medium, MiB, TiB, parse_duration, parse_size
 
 PREFIX = "DATACACHE_"
@@ -243,6 +245,16 @@ KEYS: Mapping[str, Key] = {
         Key("ttl", "index.ttl", _duration(0, INF)),
         Key("strict", "index.strict", _BOOLEAN),
         Key("snapshot", "index.snapshot", SNAPSHOT),
+        Key("rw", "writing.enabled", _BOOLEAN),
+        Key("landing", "writing.landing", PATH),
+        Key("durability", "writing.durability", _choice(Durability, Durability)),
+        Key("conflict", "writing.conflict", _choice(Conflict, Conflict)),
+        Key("landing-reserve", "writing.reserve", _fraction(0, 0.9)),
+        Key("upload-mode", "upload.mode", _choice(UploadMode, UploadMode)),
+        Key("upload-order", "upload.order", _choice(UploadOrder, UploadOrder)),
+        Key("upload-delay", "upload.delay", _duration(0, 7 * 86400)),
+        Key("upload-bandwidth", "upload.bandwidth", _size(0, 1 * TiB)),
+        Key("upload-concurrency", "upload.concurrency", _integer(1, 256)),
         Key("directory", "mount.directory", PATH),
         Key("driver", "mount.driver", _choice(("auto", "native", "pyfuse3"))),
         Key("io", "mount.io", _choice(IO, IO)),

@@ -40,6 +40,7 @@ from datacache.config.keys import (
     spell_size,
 )
 from datacache.config.settings import (
+    IO,
     CacheSettings,
     Consistency,
     IndexSettings,
@@ -47,6 +48,8 @@ from datacache.config.settings import (
     ReadingSettings,
     Settings,
     SourceSettings,
+    UploadSettings,
+    WritingSettings,
     TierSettings,
 )
 from datacache.errors import SettingError
@@ -127,6 +130,8 @@ def read_settings(
         reading=ReadingSettings(**values.get("reading", {})),
         index=IndexSettings(**values.get("index", {})),
         mount=MountSettings(**values.get("mount", {})),
+        writing=WritingSettings(**values.get("writing", {})),
+        upload=UploadSettings(**values.get("upload", {})),
         environment={k: v for k, v in environment.items() if _FOR_SOURCES.fullmatch(k)},
         **values[""],
     )
@@ -475,6 +480,8 @@ def _check_together(values: dict[str, dict[str, Any]], given: Mapping[str, _Give
         raise SettingError(
             written(name), given[name].value, f"{written('backoff')} of at most {written('backoff-max')}"
         )
+    if values.get("writing", {}).get("enabled"):
+        _check_writable(values, given)
     if "snapshot" in given:
         index = values["index"]
         if index.get("consistency", Consistency.IMMUTABLE) is not Consistency.IMMUTABLE:
@@ -482,6 +489,23 @@ def _check_together(values: dict[str, dict[str, Any]], given: Mapping[str, _Give
                 written("consistency"), str(index["consistency"]), f"immutable, with {written('snapshot')}"
             )
         index["consistency"] = Consistency.IMMUTABLE
+
+
+def _check_writable(values: dict[str, dict[str, Any]], given: Mapping[str, _Given]) -> None:
+    """What cannot be with `rw`; and modes with which somebody can write."""
+    rw = given["rw"].name
+    for key in ("snapshot", "manifest"):
+        if key in given:
+            raise SettingError(rw, "true", f"no {given[key].name}: what is pinned cannot be written")
+    if values.get("index", {}).get("consistency") is Consistency.IMMUTABLE:
+        raise SettingError(rw, "true", "consistency revalidate: what is immutable cannot be written")
+    mount = values.setdefault("mount", {})
+    if mount.get("io") is IO.PAGECACHE:
+        raise SettingError(given["io"].name, "pagecache", f"another one, with {rw}: opens must be asked for")
+    if mount.get("processes", 1) != 1:
+        raise SettingError(given["processes"].name, mount["processes"], f"1, with {rw}")
+    mount.setdefault("file_mode", 0o644)
+    mount.setdefault("dir_mode", 0o755)
 
 
 # ---- where things lie ----------------------------------------------------------------------------

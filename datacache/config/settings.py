@@ -150,6 +150,24 @@ class Durability(enum.StrEnum):
     """When fsync(2) has."""
 
 
+class UploadMode(enum.StrEnum):
+    """When close(2) returns."""
+
+    ASYNC = "async"
+    """When what was written is durable here; the bucket has it later."""
+    SYNC = "sync"
+    """When the bucket has it."""
+
+
+class UploadOrder(enum.StrEnum):
+    """In which order files reach the bucket."""
+
+    FREE = "free"
+    """Any; but a rename comes after all that was closed before."""
+    CLOSES = "closes"
+    """That of their closes."""
+
+
 class Conflict(enum.StrEnum):
     """What happens to our version of an object that somebody else has changed meanwhile."""
 
@@ -159,6 +177,22 @@ class Conflict(enum.StrEnum):
     """Ours takes its place."""
     FAIL = "fail"
     """Ours is not uploaded: a person decides."""
+
+
+@dataclass(frozen=True)
+class UploadSettings:
+    """How what was written reaches the bucket."""
+
+    mode: UploadMode = UploadMode.ASYNC
+    """When close(2) returns."""
+    order: UploadOrder = UploadOrder.FREE
+    """In which order files reach the bucket."""
+    delay: float = 0.0
+    """Seconds after its close before a file is uploaded: what is written again meanwhile is sent once."""
+    bandwidth: int = 0
+    """Bytes a second for all uploads together; 0: as many as there are."""
+    concurrency: int = 8
+    """Uploads under way at most."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +272,7 @@ class Settings:
     index: IndexSettings = field(default_factory=IndexSettings)
     mount: MountSettings = field(default_factory=MountSettings)
     writing: WritingSettings = field(default_factory=WritingSettings)
+    upload: UploadSettings = field(default_factory=UploadSettings)
     metrics: str = ""
     """HOST:PORT of the Prometheus page; empty: none."""
     log_level: str = "info"
@@ -252,5 +287,6 @@ class Settings:
 
 __all__ = [
     "IO", "CacheSettings", "Conflict", "Consistency", "Durability", "Fill", "IndexSettings", "MountSettings",
-    "Placement", "Policy", "ReadingSettings", "Settings", "SourceSettings", "TierSettings", "WritingSettings",
+    "Placement", "Policy", "ReadingSettings", "Settings", "SourceSettings", "TierSettings", "UploadMode",
+    "UploadOrder", "UploadSettings", "WritingSettings",
 ]  # fmt: skip

@@ -285,6 +285,10 @@ class Overlay:
         found = self._clean_attributes(entry.mount, entry.key)
         return found[2] if found is not None and found[0] == _token(entry) else _DEFAULT
 
+    def key_of(self, entry: Entry) -> str:
+        """The key under which a path is in the bucket, or will be."""
+        return self._own_key(entry)
+
     def room(self) -> Room:
         """How full the landing zone is."""
         return self._landing.room()

@@ -99,8 +99,12 @@ class Mounted:
         else:
             self.overlay.land(ino, truncate=offset is None)
         file = self.overlay.open(ino, writing=True)
-        os.pwrite(file.descriptor, data, offset or 0)
-        self.overlay.sync(ino)
+        try:
+            os.pwrite(file.descriptor, data, offset or 0)
+            self.overlay.sync(ino)
+        except Killed:
+            file.close()  # as the kernel does
+            raise
         self.overlay.closed(ino, file)
 
     def read(self, path: str) -> bytes:
@@ -168,18 +172,20 @@ class Mounted:
                 bucket.delete(op.key)
             self.overlay.settled(op, None, None)
             return
-        content: Quiet | None = None
-        if op.landing:
-            content = self.overlay.content(op)
-            if content is None or stop:
-                if content is not None:
-                    content.close()
-                self.overlay.stopped(op)
-                return
-        if op.expected != ANYTHING and op.expected != (NOTHING if there is None else there.version):
-            self.overlay.conflict(op, None if there is None else Stored(there, {}, "digest"))
+        content = self.overlay.content(op) if op.landing else None
+        try:
+            self.put(op, there, content, stop=stop)
+        finally:
             if content is not None:
                 content.close()
+
+    def put(self, op: Op, there: ObjectInfo | None, content: Quiet | None, *, stop: bool) -> None:
+        bucket = self.place.bucket
+        if op.landing and (content is None or stop):
+            self.overlay.stopped(op)
+            return
+        if op.expected != ANYTHING and op.expected != (NOTHING if there is None else there.version):
+            self.overlay.conflict(op, None if there is None else Stored(there, {}, "digest"))
             return
         try:
             if content is not None:
@@ -195,8 +201,6 @@ class Mounted:
         found = self.in_bucket(op.key)
         assert found is not None
         self.overlay.settled(op, Stored(found, self.overlay.metadata(op), "digest"), content)
-        if content is not None:
-            content.close()
 
     def drain(self) -> None:
         """All that is due."""

@@ -1,0 +1,72 @@
+"""`datacache flush`: return when what was written is in the bucket."""
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from datacache.cli import flags, targets
+from datacache.cli.progress import told
+from datacache.cli.tables import as_json
+from datacache.clock import Clock, SystemClock
+from datacache.errors import SettingError
+from datacache.model import format_size, parse_duration
+
+if TYPE_CHECKING:
+    from datacache.cluster.control import Control
+
+ONE_WAIT = 1.0
+"""Seconds that the worker waits for one answer: how often progress is shown."""
+
+EXAMPLES = """\
+examples:
+  datacache flush /mnt/results             all that was closed there
+  datacache flush /mnt/results/epoch-7 --timeout 10m
+
+exit codes: 0 it is in the bucket; 1 it is not (yet); what is left is said.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Wait until all that was closed in a mount, or below a path of it, is in the bucket."
+    parser.epilog = EXAMPLES
+    parser.add_argument("path", metavar="PATH", help="a path in a mount, or NAME:/path of a mounted data set")
+    parser.add_argument("--timeout", metavar="DURATION", default="inf", help="give up then; default inf")
+    flags.add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Flush, and say what is left."""
+    timeout = parse_duration(args.timeout, name="--timeout")
+    if timeout < 0:
+        raise SettingError("--timeout", args.timeout, "a duration")
+    place = targets.place(args.path)
+    answer = wait(place.control(), place.path, timeout=timeout, quiet=args.json)
+    if args.json:
+        print(as_json({"path": args.path, **answer}))
+    else:
+        print(f"{args.path}: {said(answer)}")
+    return 0 if answer["clean"] else 1
+
+
+def wait(
+    control: "Control", path: str, *, timeout: float, quiet: bool = False, clock: Clock | None = None
+) -> Mapping[str, Any]:
+    """Ask a worker again and again until it is clean, for `timeout` seconds at most; its last answer."""
+    clock = clock or SystemClock()
+    deadline = clock.monotonic() + timeout
+    with told(quiet=quiet, clock=clock) as show:
+        while True:
+            left = max(0.0, deadline - clock.monotonic())
+            answer = control.flush(path, timeout=min(ONE_WAIT, left))
+            if answer["clean"] or left <= 0:
+                return answer
+            show(f"{answer['pending']} to upload, {format_size(answer['bytes'])}")
+
+
+def said(answer: Mapping[str, Any]) -> str:
+    """What came of it, in one line."""
+    open_files = f"; {answer['open']} files are open for writing" if answer["open"] else ""
+    if answer["clean"]:
+        return "all that was closed is in the bucket" + open_files
+    why = "; ".join(answer.get("errors", [])[:3])
+    return f"{answer['pending']} operations are not done yet{open_files}" + (f": {why}" if why else "")

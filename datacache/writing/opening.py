@@ -1,0 +1,194 @@
+"""
+A writable data set put together: landing zone, journal, overlay, uploader.
+"""
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from typing import Any
+
+from datacache.cache.owner import Owner
+from datacache.cache.tier import Tier
+from datacache.clock import Clock
+from datacache.config.settings import Settings
+from datacache.errors import CacheError, LandingBroken, SettingError
+from datacache.index.live import LiveIndex
+from datacache.model import CacheKey, Dataset, Entry, Kind, MiB, MountPoint
+from datacache.reading.reader import Reader
+from datacache.sources.sink import Sink
+from datacache.writing.journal import Journal
+from datacache.writing.landing import MANAGED, Landing, Quiet
+from datacache.writing.overlay import Overlay
+from datacache.writing.uploader import Uploader
+
+_log = logging.getLogger(__name__)
+
+_PIECE = 8 * MiB
+"""Bytes copied at once between cache and landing zone; Python holds one piece."""
+
+
+class Writing:
+    """The write path of one data set, at work."""
+
+    def __init__(self, landing: Landing, journal: Journal, overlay: Overlay, uploader: Uploader) -> None:
+        self.landing, self.journal, self.overlay, self.uploader = landing, journal, overlay, uploader
+
+    def __repr__(self) -> str:
+        return f"<Writing {self.landing.directory}>"
+
+    def flush(self, top: Entry | None, *, timeout: float) -> dict[str, Any]:
+        """Wait until all that is due below `top` (None: all of it) is in the bucket, for `timeout` seconds at
+        most; whether it is, and what is left."""
+        self.journal.sync()
+        prefix = None if top is None else (top.mount, self.overlay.key_of(top))
+        clean = self.uploader.flush(prefix, timeout=timeout)
+        dirty = self.overlay.dirty()
+        return {
+            "clean": clean, "pending": dirty.due, "open": dirty.open, "bytes": dirty.bytes,
+            "errors": [*self.overlay.parked().values(), *self.uploader.errors()][:20],
+        }  # fmt: skip
+
+    def status(self) -> dict[str, Any]:
+        """For `datacache status`; docs/operations.md describes the keys."""
+        room = self.landing.room()
+        return {
+            "landing": self.landing.directory,
+            "landing_total": room.total,
+            "landing_free": room.free,
+            **{f"dirty_{name}": value for name, value in asdict(self.overlay.dirty()).items()},
+            "parked": list(self.overlay.parked().values())[:20],
+            "uploads": self.uploader.status(),
+        }
+
+
+def landing_directory(settings: Settings) -> str:
+    """Where what is written lands."""
+    return settings.writing.landing or os.path.join(settings.state, "landing")
+
+
+@contextmanager
+def open_writing(
+    settings: Settings,
+    *,
+    index: LiveIndex,
+    reader: Reader,
+    cache: Tier,
+    sinks: Sequence[Sink],
+    owner: Owner,
+    clock: Clock,
+    resumed: bool,
+    leases_tell: bool,
+) -> Iterator[Writing]:
+    """The write path of `settings`, until the block is left. Raises Locked, LandingError, SettingError."""
+    directory = landing_directory(settings)
+    with ExitStack() as built:
+        landing = Landing(directory, owner, reserve=settings.writing.reserve)
+        built.callback(landing.close)
+        journal = Journal(landing.journal)
+        built.callback(journal.close)
+        _check_owed(journal, directory, settings.dataset, [sink.uri for sink in sinks])
+        copies = _Copies(reader, cache)
+        overlay = Overlay(
+            index, journal, landing, clock=clock, bring=copies.bring, keep=copies.keep,
+            roots=[index.resolve(point.path).ino for point in settings.dataset.mounts],
+            conflict=settings.writing.conflict, host=socket.gethostname().partition(".")[0],
+            resumed=resumed, leases_tell=leases_tell,
+        )  # fmt: skip
+        uploader = Uploader(overlay, sinks, settings.upload, clock=clock)
+        built.callback(uploader.close)
+        overlay.attach(uploader)
+        yield Writing(landing, journal, overlay, uploader)
+
+
+def _check_owed(journal: Journal, directory: str, dataset: Dataset, uris: list[str]) -> None:
+    """A landing zone is of one data set as long as it owes its buckets something."""
+    known = journal.meta().get("stores")
+    if known is not None and json.loads(known) != uris and (journal.ops() or journal.nodes()):
+        raise SettingError(
+            "landing",
+            directory,
+            f"one with nothing for another data set in it; it holds what was written to "
+            f"{', '.join(json.loads(known))}: `datacache recover {directory}` uploads that",
+        )
+    points = [{"uri": one.uri, "path": one.path, "options": dict(one.options)} for one in dataset.mounts]
+    with journal.change("mounts") as change:
+        change.set_meta("stores", json.dumps(uris))
+        change.set_meta("dataset", json.dumps({"name": dataset.name, "mounts": points}))
+
+
+def owed(directory: str) -> Dataset:
+    """The data set that a landing zone belongs to. Raises SettingError where there is none."""
+    path = os.path.join(directory, MANAGED, "journal.db")
+    if not os.path.exists(path):
+        raise SettingError("DIR", directory, f"a landing zone: a directory with {MANAGED}/journal.db in it")
+    journal = Journal(path)
+    try:
+        known = json.loads(journal.meta().get("dataset", "{}"))
+    finally:
+        journal.close()
+    if not known:
+        raise SettingError("DIR", directory, "a landing zone that was used by a mount")
+    return Dataset(known["name"], tuple(MountPoint(**point) for point in known["mounts"]))
+
+
+class _Copies:
+    """Bytes between the cache and the landing zone."""
+
+    def __init__(self, reader: Reader, cache: Tier) -> None:
+        self._reader, self._cache = reader, cache
+
+    def bring(self, entry: Entry, descriptor: int) -> None:
+        """The bytes of a clean file, from the cache or the store, into a landing file. Where a tier has all
+        of it the kernel copies, on some file systems by reference."""
+        lent = self._reader.lend(entry)
+        if lent is not None:
+            try:
+                _copy(lent.descriptor, descriptor, entry.size)
+            finally:
+                lent.close()
+            return
+        opened = self._reader.open(entry)
+        try:
+            for at in range(0, entry.size, _PIECE):
+                _write(descriptor, memoryview(opened.read(at, min(_PIECE, entry.size - at))), at)
+        finally:
+            opened.close()
+
+    def keep(self, entry: Entry, content: Quiet) -> None:
+        """What the store has now, as a copy in the cache, as far as there is room."""
+        key: CacheKey = self._reader.cache_key(entry)
+        assert entry.kind is Kind.FILE
+        file = self._cache.open(key)
+        try:
+            for at in range(0, entry.size, _PIECE):
+                file.fill(at, content.read(at, min(_PIECE, entry.size - at)))
+        except CacheError as error:
+            _log.debug("%s is not kept in the cache: %s", entry.key, error)
+        finally:
+            file.close()
+
+
+def _copy(source: int, target: int, size: int) -> None:
+    at = 0
+    with suppress(OSError):  # across file systems, or where it is not offered: by hand
+        while at < size:
+            done = os.copy_file_range(source, target, size - at, at, at)
+            if not done:
+                break
+            at += done
+    while at < size:
+        data = os.pread(source, min(_PIECE, size - at), at)
+        if not data:
+            raise LandingBroken("a cached file is shorter than its object")
+        _write(target, memoryview(data), at)
+        at += len(data)
+
+
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(descriptor, data, offset)
+        data, offset = data[done:], offset + done
