@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from datacache.config.settings import (
-    IO, Conflict, Consistency, Durability, Fill, Placement, Policy, UploadMode, UploadOrder,
+    IO,
+    Conflict,
+    Consistency,
+    Durability,
+    Fill,
+    Placement,
+    Policy,
+    UploadMode,
+    UploadOrder,
 )  # fmt: skip
 from datacache.model import GiB, KiB, Medium, MiB, TiB, parse_duration, parse_size
 

@@ -48,9 +48,9 @@ from datacache.config.settings import (
     ReadingSettings,
     Settings,
     SourceSettings,
+    TierSettings,
     UploadSettings,
     WritingSettings,
-    TierSettings,
 )
 from datacache.errors import SettingError
 from datacache.model import Dataset, Medium, MiB, MountPoint

@@ -98,6 +98,7 @@ def open_writing(
             conflict=settings.writing.conflict, host=socket.gethostname().partition(".")[0],
             resumed=resumed, leases_tell=leases_tell,
         )  # fmt: skip
+        built.callback(overlay.close)
         uploader = Uploader(overlay, sinks, settings.upload, clock=clock)
         built.callback(uploader.close)
         overlay.attach(uploader)

@@ -64,6 +64,8 @@ from datacache.writing.steps import step
 
 _log = logging.getLogger(__name__)
 
+DISPENSABLE = 256
+"""Landing files that wait at most for the journal to be synced, before they are removed."""
 RENAMED_MAX = 100_000
 """Files below a directory that is renamed at most; beyond, it is EXDEV, on which `mv` copies and deletes."""
 KEY_MAX = 1024
@@ -268,6 +270,8 @@ class Overlay:
         return self._index.stats()
 
     def close(self) -> None:
+        with suppress(LandingBroken):
+            self._sync_journal()
         self._index.close()
 
     # ---- what else is known of a path -------------------------------------------------------------
@@ -303,7 +307,7 @@ class Overlay:
         self._look(parent, name)
         with self._lock:
             mount, key = self._free(parent, name, Kind.FILE)
-            landing = self._landing.create()
+            landing = self._create()
             node = self._claim(parent, name, Kind.FILE, mount, key)
             node = replace(node, landing=landing, attributes=Attributes(mode, uid, gid), writers=1)
             with self._changing("create") as batch:
@@ -330,7 +334,7 @@ class Overlay:
         self._look(parent, name)
         with self._lock:
             mount, key = self._free(parent, name, Kind.SYMLINK)
-            landing = self._landing.create()
+            landing = self._create()
             self._write(landing, target)
             node = self._claim(parent, name, Kind.SYMLINK, mount, key)
             kept = Attributes(0o777, uid, gid, self._now_ns(), target)
@@ -620,7 +624,7 @@ class Overlay:
                     if truncate:
                         self.truncate(ino, 0)
                     return self.entry(ino)
-                number = self._landing.create()
+                number = self._create()
                 try:
                     if not truncate and entry.size:
                         self._fill(number, entry)
@@ -630,6 +634,14 @@ class Overlay:
                     self._landing.discard(number)
                     raise
                 self._landing.discard(number)  # it became another meanwhile
+
+    def _create(self) -> int:
+        """A new landing file. What is to be removed is removed first, where there is no room."""
+        try:
+            return self._landing.create()
+        except LandingFull:
+            self._sync_journal()
+            return self._landing.create()
 
     def _fill(self, number: int, entry: Entry) -> None:
         file = self._landing.open(number, writing=True)
@@ -759,11 +771,28 @@ class Overlay:
                 if self._nodes.get(ino) is node:
                     raise
                 # It was uploaded in this moment: the bucket has it.
-        self._journal.sync()
+        self._sync_journal()
 
     def sync_names(self) -> None:
         """Return when all changes of names so far are on the disk."""
-        self._journal.sync()
+        self._sync_journal()
+
+    def _sync_journal(self) -> None:
+        """Make the journal durable, and then remove the files that it does not name any more: a power cut
+        must not bring back a name whose bytes are gone."""
+        with self._lock:
+            some, self._dispensable = self._dispensable, set()
+        try:
+            self._journal.sync()
+        except BaseException:
+            with self._lock:
+                self._dispensable |= some
+            raise
+        with self._lock:
+            for landing in some:
+                if not self._named[landing]:
+                    del self._named[landing]
+                    self._landing.discard(landing)
 
     @contextmanager
     def _written(self, ino: int) -> Iterator[Node]:
@@ -1262,11 +1291,8 @@ class Overlay:
             yield batch
         for effect in (*batch.effects, *batch.last):
             effect()
-        while self._dispensable:
-            landing = self._dispensable.pop()
-            if not self._named[landing]:
-                del self._named[landing]
-                self._landing.discard(landing)
+        if len(self._dispensable) >= DISPENSABLE:
+            self._sync_journal()
 
     @contextmanager
     def _catalogue(self, *ours: tuple[int, bytes]) -> Iterator[Changing]:
@@ -1329,8 +1355,12 @@ class Overlay:
                     at = ino
                 return at, names.shown(last)
 
+            there = set(self._landing.files())
             for node in nodes:
                 if node.orphan:
+                    continue
+                if node.landing and node.landing not in there:
+                    _log.info("%r was never synced before the power went: it is as it was before", node.key)
                     continue
                 at, name = place(node.mount, node.key)
                 row = int(Kind.DIRECTORY if node.kind is Kind.DIRECTORY else Kind.FILE)
@@ -1350,8 +1380,10 @@ class Overlay:
                 change.hide(Hidden(at, name, mount, key))
             for op in ops:
                 ino = numbers.get(op.ino, 0)
-                if op.kind is OpKind.PUT and not ino and op.ino:
-                    change.drop_op(op.seq)  # of what was unlinked
+                if op.kind is OpKind.PUT and (
+                    (not ino and op.ino) or (op.landing and op.landing not in there)
+                ):
+                    change.drop_op(op.seq)  # of what was unlinked, or is not there
                     continue
                 new = replace(op, ino=ino, since=op.since or self._clock.wall())
                 change.update_op(new)
