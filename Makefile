@@ -13,7 +13,7 @@ KEEP   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/datacache-dev
 export DATACACHE_TOOLS := $(KEEP)/bin
 
 VERSITYGW_VERSION := v1.8.0
-PACKAGES := gcc pkg-config libfuse3-dev fuse3 python3-dev python3-venv fio
+PACKAGES := gcc pkg-config libfuse3-dev fuse3 python3-dev python3-venv fio xfsprogs
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .PHONY: help
@@ -91,7 +91,7 @@ lint: setup ## style, types, and the direction of dependencies
 	@$(BIN)/lint-imports --quiet 2>/dev/null || $(BIN)/lint-imports
 
 .PHONY: bench
-bench: bench-read bench-fuse ## both benchmarks (about 40 minutes)
+bench: bench-read bench-fuse bench-write ## all benchmarks (about an hour)
 
 .PHONY: bench-read
 bench-read: setup s3-server ## the read path beside native files, the store client, rclone and s3fs (about 15 minutes)
@@ -103,6 +103,12 @@ bench-read: setup s3-server ## the read path beside native files, the store clie
 bench-fuse: setup ## the native driver beside native files, pyfuse3 and rclone, and the bars that it has to meet
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/fuse.py $(ARGS)
+
+.PHONY: bench-write
+bench-write: setup s3-server ## the write path beside native files, the store client, rclone and s3fs (about 15 minutes)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@command -v s3fs >/dev/null || $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq s3fs >/dev/null
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/write.py $(ARGS)
 
 .PHONY: clean
 clean: ## remove what the above made in this checkout

@@ -49,13 +49,17 @@ class Server:
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.log = root / "access.log"
         (root / "s3").mkdir(parents=True, exist_ok=True)
+        # Without --keep-alive it closes after each answer, which no store does.
+        options = [
+            "--quiet",
+            "--keep-alive",
+            "--access-log",
+            str(self.log),
+            "--port",
+            f"127.0.0.1:{self.port}",
+        ]
         self._process = subprocess.Popen(
-            [
-                _tool("versitygw"),
-                "--quiet",
-                "--keep-alive",
-            ]  # without, it closes after each answer: no store does
-            + ["--access-log", str(self.log), "--port", f"127.0.0.1:{self.port}", "posix", str(root / "s3")],
+            [_tool("versitygw"), *options, "posix", str(root / "s3")],
             env={**os.environ, "ROOT_ACCESS_KEY": KEY, "ROOT_SECRET_KEY": SECRET},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
