@@ -278,7 +278,7 @@ def serve_portably(settings: Settings, *, mounted: Callable[[], None]) -> None:
 
     directory = settings.mount.directory
     mountpoint.clean_stale(directory)
-    mountpoint.check_target(directory, [settings.state, *(tier.path for tier in settings.cache.tiers)])
+    mountpoint.check_target(directory, broker.places(settings))
     with _built(settings) as (worker, files, offer), contextlib.ExitStack() as built:
         offer()
         registration = worker.registration()

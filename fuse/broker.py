@@ -37,7 +37,7 @@ from datacache.config.parsing import dump_settings, load_settings
 from datacache.config.settings import Settings
 from datacache.errors import DatacacheError, MountError, SettingError
 from fuse import connection, mountpoint, protocol
-from fuse.connection import AGAIN, REQUEST, Agreement
+from fuse.connection import AGAIN, Agreement
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,9 @@ def serve(
         else:
             descriptor = inherited
             built.callback(os.close, descriptor)
-        agreement = connection.greet(descriptor, stateless=stateless, passthrough=passthrough)
+        agreement = connection.greet(
+            descriptor, stateless=stateless, passthrough=passthrough, writable=settings.writing.enabled
+        )
         if passthrough and not agreement.passthrough:
             log.warning("this kernel offers no passthrough (CONFIG_FUSE_PASSTHROUGH): reads are served")
         if mountpoint.is_mounted(directory) is not None:  # else it is in another name space
@@ -126,13 +128,23 @@ def _mounted(settings: Settings, *, source: str) -> tuple[int, Callable[[], None
     """Mount; the descriptor of the connection, and what takes the mount off again."""
     directory = settings.mount.directory
     mountpoint.clean_stale(directory)
-    mountpoint.check_target(directory, [settings.state, *(tier.path for tier in settings.cache.tiers)])
-    descriptor = mountpoint.mount(directory, source=source, allow_other=settings.mount.allow_other)
+    mountpoint.check_target(directory, places(settings))
+    descriptor = mountpoint.mount(
+        directory, source=source, allow_other=settings.mount.allow_other, writable=settings.writing.enabled
+    )
     shown = mountpoint.is_mounted(directory)
     if shown is None:
         os.close(descriptor)
         raise MountError(f"{directory}: mounted, and gone again before it was served")
     return descriptor, functools.partial(mountpoint.take_off, directory, shown.device)
+
+
+def places(settings: Settings) -> list[str]:
+    """Directories that are in use beside the mount point."""
+    found = [settings.state, *(tier.path for tier in settings.cache.tiers)]
+    if settings.writing.enabled and settings.writing.landing:
+        found.append(settings.writing.landing)
+    return found
 
 
 @dataclass(frozen=True)
@@ -387,7 +399,7 @@ class Broker:
         self._given_up = True
         with contextlib.suppress(OSError):
             os.write(self._descriptor, protocol.notify_resend())
-        self._buffer = bytearray(REQUEST)
+        self._buffer = bytearray(self._handover.agreement.room)
         os.set_blocking(self._descriptor, False)
         self._events.register(self._descriptor, selectors.EVENT_READ, self._on_request)
 
@@ -480,6 +492,8 @@ def _check_upgrade(now: Settings, then: Settings) -> None:
             ("name", now.dataset.name, then.dataset.name),
             ("mounts", _shown(now), _shown(then)),
             ("snapshot", now.index.snapshot, then.index.snapshot),
+            ("rw", now.writing.enabled, then.writing.enabled),
+            ("landing", now.writing.landing, then.writing.landing),
             ("state", now.state, then.state),
             ("runtime", now.runtime, then.runtime),
         ) if one != other

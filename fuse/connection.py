@@ -29,6 +29,9 @@ BATCH_FORGET, of which a larger one saves wake-ups (4,000 nodes in one)."""
 REQUEST = MAX_WRITE + 4096
 """Bytes of room for one request."""
 
+MAX_WRITE_RW = 1024 * 1024
+"""... of a mount that can be written to: the largest WRITE by the kernel's own limit (PAGES)."""
+
 PAGES = 256
 """Pages of the largest READ by the kernel's own limit, fs.fuse.max_pages_limit; root may set another."""
 MAX_PAGES = 4096
@@ -67,10 +70,18 @@ class Agreement:
     """OPEN and OPENDIR are answered ENOSYS: the kernel opens files without asking."""
     cached_directories: bool
     """Listings stay in the page cache."""
+    room: int = REQUEST
+    """Bytes of room for one request."""
 
 
 def agree(
-    offer: InitIn, *, stateless: bool, passthrough: bool, release: str, pages: int = PAGES
+    offer: InitIn,
+    *,
+    stateless: bool,
+    passthrough: bool,
+    release: str,
+    pages: int = PAGES,
+    writable: bool = False,
 ) -> tuple[Agreement, InitOut]:
     """What to take of what the kernel offers. `release` is the kernel's, as uname(2) says; `pages` its limit.
 
@@ -89,18 +100,21 @@ def agree(
         wanted |= Capability.PASSTHROUGH
     taken = wanted & offer.capabilities
     passes = bool(taken & Capability.PASSTHROUGH)
+    max_write = MAX_WRITE_RW if writable else MAX_WRITE
     agreement = Agreement(
         minor=min(offer.minor, protocol.MINOR),
         capabilities=int(taken),
         passthrough=passes,
         stateless=stateless and bool(taken & Capability.NO_OPEN_SUPPORT),
-        cached_directories=not _broken(release),
+        # Never where names change under it: the kernel would go on showing what it has listed.
+        cached_directories=not writable and not _broken(release),
+        room=max_write + 4096,
     )
     answer = InitOut(
         minor=agreement.minor,
         max_readahead=offer.max_readahead,
         capabilities=agreement.capabilities,
-        max_write=MAX_WRITE,
+        max_write=max_write,
         max_background=MAX_BACKGROUND,
         congestion_threshold=MAX_BACKGROUND * 3 // 4,
         max_pages=min(pages, MAX_PAGES),
@@ -120,7 +134,7 @@ def _broken(release: str) -> bool:
     return first <= version < fixed
 
 
-def greet(descriptor: int, *, stateless: bool, passthrough: bool) -> Agreement:
+def greet(descriptor: int, *, stateless: bool, passthrough: bool, writable: bool = False) -> Agreement:
     """Answer INIT, the first request of a fresh mount. Raises MountError."""
     buffer = bytearray(REQUEST)
     while True:
@@ -138,6 +152,7 @@ def greet(descriptor: int, *, stateless: bool, passthrough: bool) -> Agreement:
                 passthrough=passthrough,
                 release=os.uname().release,
                 pages=_most_pages(),
+                writable=writable,
             )
         except MountError:
             os.writev(descriptor, protocol.error(header.unique, errno.EPROTO))

@@ -47,9 +47,14 @@ from datacache.errors import (
     DatacacheError,
     Denied,
     IsADirectory,
+    LandingFull,
     NoSuchPath,
     NotADirectory,
+    NotEmpty,
     NotFound,
+    NotHere,
+    OtherStore,
+    PathExists,
     VersionChanged,
 )
 from datacache.index.index import ROOT, Index
@@ -96,6 +101,11 @@ _ERRNO: tuple[tuple[type[Exception], int], ...] = (
     (NoSuchPath, errno.ENOENT),
     (NotADirectory, errno.ENOTDIR),
     (IsADirectory, errno.EISDIR),
+    (PathExists, errno.EEXIST),
+    (NotEmpty, errno.ENOTEMPTY),
+    (NotHere, errno.EPERM),
+    (OtherStore, errno.EXDEV),
+    (LandingFull, errno.ENOSPC),
     (NotFound, errno.ENOENT),
     (CredentialsExpired, errno.EIO),  # they are renewed; that it did not work yet is not a "no"
     (Denied, errno.EACCES),
@@ -104,7 +114,10 @@ _ERRNO: tuple[tuple[type[Exception], int], ...] = (
     (Archived, errno.EIO),
     (VersionChanged, errno.ESTALE),
 )
-_EXPECTED = (Refused, Stale, NoSuchPath, NotADirectory, IsADirectory, NotFound)
+_EXPECTED = (
+    Refused, Stale, NoSuchPath, NotADirectory, IsADirectory, PathExists, NotEmpty, NotHere, OtherStore,
+    NotFound,
+)  # fmt: skip
 """Answers, not failures: neither logged nor counted."""
 
 
@@ -161,6 +174,8 @@ class Attributes(NamedTuple):
     mtime_ns: int = 0
     entry_timeout: float = 0.0
     attr_timeout: float = 0.0
+    uid: int = 0
+    gid: int = 0
 
     @property
     def blocks(self) -> int:
@@ -181,13 +196,19 @@ class Opened(NamedTuple):
 
     handle: int
     backing: int = 0
+    flush: bool = False
+    """Each close is to be told: it was opened for writing."""
+    keep: bool = True
+    """Pages of earlier opens may stay."""
 
 
 class Space(NamedTuple):
-    """What statfs says, in bytes and files: all of it is used, nothing is free."""
+    """What statfs says, in bytes and files: where nothing can be written, all of it is used."""
 
     total: int
     files: int
+    free: int = 0
+    free_files: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +296,15 @@ class _Recovered:
         finally:
             with self._lock:
                 held[1] -= 1
+
+    def drop(self, node: int) -> None:
+        """Close what `use` has open of a node, unless it is being used."""
+        with self._lock:
+            held = self._files.get(node)
+            if held is None or held[1]:
+                return
+            del self._files[node]
+        held[0].close()
 
     def _excess(self) -> list[_File]:
         found: list[_File] = []
@@ -539,11 +569,11 @@ class FileSystem:
     def listxattr(self, node: int) -> list[bytes]:
         """Names of extended attributes; files have them where `settings.xattr` is on."""
         self._check_xattr()
-        return list(_XATTRS) if self._entry(node).kind is Kind.FILE else []
+        return list(VIRTUAL_XATTRS) if self._entry(node).kind is Kind.FILE else []
 
     def getxattr(self, node: int, name: bytes) -> bytes:
         self._check_xattr()
-        if name not in _XATTRS or (entry := self._entry(node)).kind is not Kind.FILE:
+        if name not in VIRTUAL_XATTRS or (entry := self._entry(node)).kind is not Kind.FILE:
             raise Refused(errno.ENODATA)
         key = self._reader.cache_key(entry)
         held = {tier: ranges for tier, copies in self._tiers.items() if (ranges := copies.ranges(key))}
@@ -641,6 +671,8 @@ class FileSystem:
             entry.mtime_ns,
             valid,
             valid if settings.attr_timeout is None else min(settings.attr_timeout, FOREVER),
+            self.uid,
+            self.gid,
         )
 
     def _check_xattr(self) -> None:
@@ -648,7 +680,7 @@ class FileSystem:
             raise Refused(errno.ENOSYS)  # the kernel does not ask again
 
 
-_XATTRS = (
+VIRTUAL_XATTRS = (
     b"user.datacache.uri",
     b"user.datacache.version",
     b"user.datacache.tier",

@@ -359,24 +359,25 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _COMM_FD_TIMEOUT = 30.0
 
 
-def mount(directory: str, *, source: str, allow_other: bool) -> int:
-    """Mount on `directory`, read-only; the descriptor of the connection, on which INIT is waiting.
+def mount(directory: str, *, source: str, allow_other: bool, writable: bool = False) -> int:
+    """Mount on `directory`; the descriptor of the connection, on which INIT is waiting.
 
     `source` is what `mount` and `df` show. By mount(2) as root, by fusermount3 otherwise. Raises MountError.
     """
     if os.geteuid() == 0:
-        return _mount2(directory, source=source, allow_other=allow_other)
-    return _fusermount_mount(directory, source=source, allow_other=allow_other)
+        return _mount2(directory, source=source, allow_other=allow_other, writable=writable)
+    return _fusermount_mount(directory, source=source, allow_other=allow_other, writable=writable)
 
 
-def _mount2(directory: str, *, source: str, allow_other: bool) -> int:
+def _mount2(directory: str, *, source: str, allow_other: bool, writable: bool) -> int:
     descriptor = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = [f"fd={descriptor}", "rootmode=40000", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
     options += ["default_permissions", *(["allow_other"] if allow_other else [])]
+    flags = _MS_NOSUID | _MS_NODEV | (0 if writable else _MS_RDONLY)
     libc = ctypes.CDLL(None, use_errno=True)
     done = libc.mount(
         source.encode("utf-8", "surrogateescape"), os.fsencode(directory), FSTYPE.encode(),
-        ctypes.c_ulong(_MS_RDONLY | _MS_NOSUID | _MS_NODEV), ",".join(options).encode(),
+        ctypes.c_ulong(flags), ",".join(options).encode(),
     )  # fmt: skip
     if done != 0:
         number = ctypes.get_errno()
@@ -386,9 +387,10 @@ def _mount2(directory: str, *, source: str, allow_other: bool) -> int:
     return descriptor
 
 
-def _fusermount_mount(directory: str, *, source: str, allow_other: bool) -> int:
+def _fusermount_mount(directory: str, *, source: str, allow_other: bool, writable: bool) -> int:
     """The descriptor comes back on a socket, as fusermount3 hands it to libfuse."""
-    options = ["ro", "nosuid", "nodev", "default_permissions", f"subtype={FSTYPE.partition('.')[2]}"]
+    access = "rw" if writable else "ro"
+    options = [access, "nosuid", "nodev", "default_permissions", f"subtype={FSTYPE.partition('.')[2]}"]
     # What divides options is escaped by a backslash, as libfuse does it.
     options += ["fsname=" + re.sub(r"([\\,])", r"\\\1", source), *(["allow_other"] if allow_other else [])]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -20,6 +20,9 @@ The kernel looks up again once: a second refusal of one open(2) is an error that
 whoever was refused, for whatever reason, is told of a turn other than 0, and no such turn is ever refused
 for its mode.
 
+A version that is being written is open in one node only (`sole`): whoever has it open must see what the
+others write, and lock against them. It is never refused for its mode: where it is served, it stays so.
+
 A daemon that took over cannot know what its predecessors left open. So on a mount with passthrough
 the life is part of a file's number, and a node of an earlier life is never opened again.
 
@@ -125,39 +128,43 @@ class Nodes:
     def __repr__(self) -> str:
         return f"<Nodes {self.stats()}>"
 
-    def node(self, entry: Entry) -> int:
+    def node(self, entry: Entry, *, sole: bool = False) -> int:
         """The number of this version of this path, as the kernel is told of it now."""
         if not self._passthrough or entry.kind is Kind.DIRECTORY:
             return entry.ino | (entry.generation & _GENERATION) << _GENERATION_AT
         first = self._first(entry)
-        return first | self._told.get(first, 0) << _TURN_AT
+        return first if sole else first | self._told.get(first, 0) << _TURN_AT
 
     def opened(self, node: int) -> Entry | None:
         """The entry that `node` was opened as; None when nobody has it open."""
         held = self._open.get(node)
         return held.entry if held else None
 
-    def check(self, node: int, entry: Entry) -> None:
+    def check(self, node: int, entry: Entry, *, sole: bool = False) -> None:
         """Raise Stale unless `entry` is the version that `node` names."""
         if read(node).generation != entry.generation & _GENERATION:
-            with self._lock:
-                self._tell_another(entry)
+            if not sole:
+                with self._lock:
+                    self._tell_another(entry)
             raise Stale(f"{entry.name!r} has another version now than node {node}")
 
-    def open(self, node: int, entry: Entry, backing: Backing | None = None) -> Backing | None:
+    def open(
+        self, node: int, entry: Entry, backing: Backing | None = None, *, sole: bool = False
+    ) -> Backing | None:
         """Bind `node` to `backing`, or to being served, until as many `close`s; or where it is open, count
         one more. What it is bound to: that is how it must be opened. Raises Stale when it must not be."""
         with self._lock:
             if not self._passthrough:
                 assert backing is None, "nothing is passed through on this mount"
             elif read(node).life != self._life:
-                self._tell_another(entry, backing)
+                if not sole:
+                    self._tell_another(entry, backing)
                 raise Stale(f"node {node} was told of by an earlier daemon: how it is open is not known")
             held = self._open.get(node)
             if held is None:
                 self._open[node] = _Open(entry, backing, 1)
                 return backing
-            if held.backing is None and backing is not None:
+            if held.backing is None and backing is not None and not sole:
                 self._tell_another(entry, backing)
                 if not read(node).turn:
                     raise Stale(f"node {node} is served, and could be passed through by now")

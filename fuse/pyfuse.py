@@ -163,7 +163,6 @@ class _Operations(pyfuse3.Operations):
 
     def _blank(self) -> pyfuse3.EntryAttributes:
         encoded = pyfuse3.EntryAttributes()
-        encoded.st_uid, encoded.st_gid = self.files.uid, self.files.gid
         # Not the size of our blocks: Python's open() reads in pieces of this size, so a large one would
         # turn each small random read into a large one.
         encoded.st_blksize = 4096
@@ -173,6 +172,8 @@ class _Operations(pyfuse3.Operations):
         encoded.st_ino = found.node
         encoded.st_mode = found.mode
         encoded.st_nlink = found.nlink
+        encoded.st_uid = found.uid
+        encoded.st_gid = found.gid
         encoded.st_size = found.size
         encoded.st_blocks = found.blocks
         encoded.st_mtime_ns = encoded.st_ctime_ns = encoded.st_atime_ns = found.mtime_ns

@@ -19,14 +19,19 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datacache.model import Entry
 from fuse import protocol
-from fuse.connection import AGAIN, REQUEST, Agreement, writer
+from fuse.connection import AGAIN, Agreement, writer
 from fuse.filesystem import Attributes, FileSystem
-from fuse.protocol import Buffer, Header, Opcode, OpenFlag
+from fuse.protocol import Buffer, Header, Opcode, OpenFlag, OpenInFlag, SetattrValid, WriteFlag
+
+if TYPE_CHECKING:
+    from fuse.filesystem import Opened
+    from fuse.writable import WritableFileSystem
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +189,7 @@ class Session:
                 self._threads -= 1
 
     def _take_requests(self) -> None:
-        buffer = bytearray(REQUEST)
+        buffer = bytearray(self._agreement.room)
         view, room = memoryview(buffer), [buffer]
         descriptor, readv, lock = self._descriptor, os.readv, self._lock
         while True:
@@ -284,7 +289,7 @@ class Session:
     def _open(self, header: Header, body: protocol.OpenIn) -> Answer:
         if self._agreement.stateless:
             return protocol.error(header.unique, errno.ENOSYS)
-        handle, backing = self.files.open(header.node, body.flags)
+        handle, backing, *_ = self.files.open(header.node, body.flags)
         # A node is one version, so its pages stay true from one open to the next.
         flags = self._passed_flags if backing else self._open_flags
         return protocol.reply(header.unique, protocol.encode_open_out(handle, flags, backing))
@@ -333,8 +338,8 @@ class Session:
 
     def _statfs(self, header: Header, body: object) -> Answer:
         space = self.files.statfs()
-        blocks = -(-space.total // 4096)
-        statfs = protocol.StatfsOut(blocks, 0, 0, space.files, 0, 4096, 255, 4096)
+        blocks, free = -(-space.total // 4096), space.free // 4096
+        statfs = protocol.StatfsOut(blocks, free, free, space.files, space.free_files, 4096, 255, 4096)
         return protocol.reply(header.unique, protocol.encode_statfs_out(statfs))
 
     def _getxattr(self, header: Header, body: protocol.GetxattrIn) -> Answer:
@@ -366,13 +371,177 @@ class Session:
         return protocol.Attr(
             found.ino, found.size, found.blocks, seconds, seconds, seconds,
             nanoseconds, nanoseconds, nanoseconds, found.mode, found.nlink,
-            self.files.uid, self.files.gid, 0, _BLOCK, 0,
+            found.uid, found.gid, 0, _BLOCK, 0,
         )  # fmt: skip
 
     def _entry(self, found: Attributes) -> bytes:
         if not found.node:
             return protocol.encode_negative(found.entry_timeout)
         return protocol.encode_entry(found.node, self._attr(found), found.entry_timeout, found.attr_timeout)
+
+
+class WritableSession(Session):
+    """Serves a connection whose files can be written."""
+
+    def __init__(self, files: "WritableFileSystem", *args: Any, **more: Any) -> None:
+        """As `Session`."""
+        super().__init__(files, *args, **more)
+        self._writable = files
+        handlers = {code: handler for code, handler in self._handlers.items() if code not in _WRITES}
+        # What is not here, but was refused, is ENOSYS: the kernel copies ranges, and makes files without a
+        # name, in its own way or not at all.
+        self._handlers = {
+            **handlers,
+            Opcode.SETATTR: self._setattr,
+            Opcode.READLINK: self._readlink,
+            Opcode.SYMLINK: self._symlink,
+            Opcode.MKNOD: self._mknod,
+            Opcode.MKDIR: self._mkdir,
+            Opcode.UNLINK: self._unlink,
+            Opcode.RMDIR: self._rmdir,
+            Opcode.RENAME: self._rename,
+            Opcode.RENAME2: self._rename,
+            Opcode.LINK: self._link,
+            Opcode.CREATE: self._create,
+            Opcode.WRITE: self._write_bytes,
+            Opcode.FLUSH: self._flush,
+            Opcode.FSYNC: self._fsync,
+            Opcode.FSYNCDIR: self._fsyncdir,
+            Opcode.SETXATTR: self._setxattr,
+            Opcode.REMOVEXATTR: self._removexattr,
+            Opcode.FALLOCATE: self._fallocate,
+        }
+
+    # ---- names and attributes ----------------------------------------------------------------------
+
+    def _setattr(self, header: Header, body: protocol.SetattrIn) -> Answer:
+        valid = body.valid
+        mtime_ns = None
+        if valid & _MTIME:
+            now = valid & _MTIME_NOW
+            mtime_ns = time.time_ns() if now else body.mtime * 1_000_000_000 + body.mtime_nsec
+        found = self._writable.setattr(
+            header.node,
+            handle=body.fh if valid & _FH else None,
+            size=body.size if valid & _SIZE else None,
+            mode=body.mode if valid & _MODE else None,
+            uid=body.uid if valid & _UID else None,
+            gid=body.gid if valid & _GID else None,
+            mtime_ns=mtime_ns,
+            kill=bool(valid & _KILL),
+        )
+        return protocol.reply(header.unique, protocol.encode_attr_out(self._attr(found), found.attr_timeout))
+
+    def _readlink(self, header: Header, body: object) -> Answer:
+        return protocol.reply(header.unique, self._writable.readlink(header.node))
+
+    def _symlink(self, header: Header, body: protocol.SymlinkIn) -> Answer:
+        found = self._writable.symlink(
+            header.node, body.name, body.target, header.uid, header.gid, again=_again(header)
+        )
+        return protocol.reply(header.unique, self._entry(found))
+
+    def _mknod(self, header: Header, body: protocol.MknodIn) -> Answer:
+        found = self._writable.mknod(
+            header.node, body.name, body.mode, header.uid, header.gid, again=_again(header)
+        )
+        return protocol.reply(header.unique, self._entry(found))
+
+    def _mkdir(self, header: Header, body: protocol.MkdirIn) -> Answer:
+        found = self._writable.mkdir(
+            header.node, body.name, body.mode, header.uid, header.gid, again=_again(header)
+        )
+        return protocol.reply(header.unique, self._entry(found))
+
+    def _unlink(self, header: Header, body: protocol.UnlinkIn) -> Answer:
+        self._writable.unlink(header.node, body.name, again=_again(header))
+        return protocol.reply(header.unique)
+
+    def _rmdir(self, header: Header, body: protocol.RmdirIn) -> Answer:
+        self._writable.rmdir(header.node, body.name, again=_again(header))
+        return protocol.reply(header.unique)
+
+    def _rename(self, header: Header, body: protocol.RenameIn | protocol.Rename2In) -> Answer:
+        flags = body.flags if isinstance(body, protocol.Rename2In) else 0
+        self._writable.rename(
+            header.node, body.name, body.new_parent, body.new_name, flags, again=_again(header)
+        )
+        return protocol.reply(header.unique)
+
+    def _link(self, header: Header, body: object) -> Answer:
+        return protocol.error(header.unique, errno.EPERM)  # a bucket has one name for an object
+
+    def _setxattr(self, header: Header, body: protocol.SetxattrIn) -> Answer:
+        self._writable.setxattr(header.node, body.name, body.value, body.flags)
+        return protocol.reply(header.unique)
+
+    def _removexattr(self, header: Header, body: protocol.RemovexattrIn) -> Answer:
+        self._writable.removexattr(header.node, body.name)
+        return protocol.reply(header.unique)
+
+    # ---- bytes -------------------------------------------------------------------------------------
+
+    def _flags_of(self, opened: "Opened") -> int:
+        flags = OpenFlag.PASSTHROUGH if opened.backing else OpenFlag.KEEP_CACHE if opened.keep else 0
+        return int(flags) | (0 if opened.flush else int(OpenFlag.NOFLUSH))
+
+    def _open(self, header: Header, body: protocol.OpenIn) -> Answer:
+        opened = self._writable.open(header.node, body.flags, kill=bool(body.open_flags & _OPEN_KILL))
+        encoded = protocol.encode_open_out(opened.handle, self._flags_of(opened), opened.backing)
+        return protocol.reply(header.unique, encoded)
+
+    def _create(self, header: Header, body: protocol.CreateIn) -> Answer:
+        found, opened = self._writable.create(
+            header.node, body.name, body.flags, body.mode, header.uid, header.gid,
+            kill=bool(body.open_flags & _OPEN_KILL), again=_again(header),
+        )  # fmt: skip
+        encoded = protocol.encode_create_out(
+            self._entry(found), opened.handle, self._flags_of(opened), opened.backing
+        )
+        return protocol.reply(header.unique, encoded)
+
+    def _write_bytes(self, header: Header, body: protocol.WriteIn) -> Answer:
+        kill = bool(body.write_flags & _WRITE_KILL)
+        count = self._writable.write(body.fh, body.offset, body.data, node=header.node, kill=kill)
+        return protocol.reply(header.unique, protocol.encode_write_out(count))
+
+    def _flush(self, header: Header, body: protocol.FlushIn) -> Answer:
+        self._writable.flush(body.fh, header.node)
+        return protocol.reply(header.unique)
+
+    def _fsync(self, header: Header, body: object) -> Answer:
+        self._writable.fsync(header.node)
+        return protocol.reply(header.unique)
+
+    def _fsyncdir(self, header: Header, body: object) -> Answer:
+        self._writable.fsyncdir()
+        return protocol.reply(header.unique)
+
+    def _fallocate(self, header: Header, body: protocol.FallocateIn) -> Answer:
+        self._writable.allocate(body.fh, header.node, body.mode, body.offset, body.length)
+        return protocol.reply(header.unique)
+
+    def _release(self, header: Header, body: protocol.ReleaseIn) -> Answer:
+        if self._writable.knows(body.fh):
+            return super()._release(header, body)
+        self._writable.released(header.node, body.flags)
+        return protocol.reply(header.unique)
+
+
+# As numbers: making an IntFlag costs more than decoding a request.
+_MODE, _UID, _GID, _SIZE, _MTIME, _MTIME_NOW, _FH, _KILL = map(
+    int,
+    (
+        SetattrValid.MODE, SetattrValid.UID, SetattrValid.GID, SetattrValid.SIZE, SetattrValid.MTIME,
+        SetattrValid.MTIME_NOW, SetattrValid.FH, SetattrValid.KILL_SUIDGID,
+    ),
+)  # fmt: skip
+_OPEN_KILL, _WRITE_KILL = int(OpenInFlag.KILL_SUIDGID), int(WriteFlag.KILL_SUIDGID)
+
+
+def _again(header: Header) -> bool:
+    """Whether the kernel has sent this before: to a daemon that died, and may have done it."""
+    return bool(header.unique & protocol.RESENT)
 
 
 def _is_killed(thread: int) -> bool:
