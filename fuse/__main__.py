@@ -171,7 +171,7 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
     """Be a daemon of a mount that a broker keeps, until the mount is gone or it is told to end."""
     from fuse.answerer import Answerers, processors
     from fuse.connection import Backings, Device
-    from fuse.session import Session
+    from fuse.session import Session, WritableSession
 
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as knob:
         knob.write(handed.oom_score_adj)
@@ -181,7 +181,8 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
         _built(settings, backings=backings, handed=handed) as (worker, files, offer),
         contextlib.ExitStack() as beside,
     ):
-        session = Session(
+        served_by: type[Session] = WritableSession if files.writable else Session
+        session = served_by(
             files, handed.descriptor, agreement,
             max_threads=settings.mount.max_threads, max_idle_threads=settings.mount.max_idle_threads,
         )  # fmt: skip
@@ -221,6 +222,8 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
         _deaf()
         if session.ending and backings is not None:
             backings.leave()
+        if session.ending and not orphaned.is_set():
+            files.leave()
         if orphaned.is_set() or not session.ending:
             registry.clear(worker.socket)
             log.info("%s: unmounted", settings.mount.directory)
@@ -320,18 +323,23 @@ def _built(
             Worker(
                 settings, mount=settings.mount.directory, pid=handed.broker if handed is not None else None,
                 resumed=life > 0, index=handed.index if handed is not None else "",
+                passthrough=backings is not None,
             )
         )  # fmt: skip
         offered = built.enter_context(contextlib.ExitStack())
         built.callback(worker.close)  # before the control server's, which waits for calls under way
-        files = FileSystem(
-            worker.index,
-            worker.reader,
-            settings.mount,
-            tiers={tier.name: worker.cache.tier(tier.name) for tier in worker.cache.stats()},
-            backings=backings,
-            life=life,
-        )
+        tiers = {tier.name: worker.cache.tier(tier.name) for tier in worker.cache.stats()}
+        if worker.writing is None:
+            files = FileSystem(
+                worker.index, worker.reader, settings.mount, tiers=tiers, backings=backings, life=life
+            )
+        else:
+            from fuse.writable import WritableFileSystem
+
+            files = WritableFileSystem(
+                worker.writing.overlay, worker.reader, settings.mount, tiers=tiers, backings=backings,
+                life=life, durability=settings.writing.durability,
+            )  # fmt: skip
         built.callback(files.close)
         worker.attach("mount_files", files.stats)
 

@@ -325,6 +325,9 @@ class _Recovered:
 class FileSystem:
     """The read-only file system of one data set. Thread-safe."""
 
+    writable = False
+    """Whether it is a `fuse.writable.WritableFileSystem`, which is not imported where nothing is written."""
+
     def __init__(
         self,
         index: Index,
@@ -603,6 +606,9 @@ class FileSystem:
             "open_directories": len(self._directories),
             "errors": self._complaints.counts(),
         }
+
+    def leave(self) -> None:
+        """The kernel goes on with what is open, and a successor of this daemon serves it."""
 
     def close(self) -> None:
         """Close what the kernel left open. No request may be under way."""

@@ -21,7 +21,7 @@ import tempfile
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -29,7 +29,10 @@ import trio
 from datacache.config.settings import MountSettings
 from datacache.errors import MountError
 from datacache.model import Buffer
-from fuse.filesystem import Attributes, FileSystem
+from fuse.filesystem import Attributes, FileSystem, Opened, Refused
+
+if TYPE_CHECKING:
+    from fuse.writable import WritableFileSystem
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +152,9 @@ class _Operations(pyfuse3.Operations):
         encoded = pyfuse3.StatvfsData()
         encoded.f_bsize = encoded.f_frsize = 4096
         encoded.f_blocks = -(-space.total // 4096)
+        encoded.f_bfree = encoded.f_bavail = space.free // 4096
         encoded.f_files = space.files
+        encoded.f_ffree = encoded.f_favail = space.free_files
         encoded.f_namemax = 255
         return encoded
 
@@ -198,12 +203,130 @@ for _name in _WRITES:
     setattr(_Operations, _name, _refusal(_name))
 
 
+class _WritableOperations(_Operations):
+    """... of a data set that can be written to."""
+
+    def __init__(self, files: "WritableFileSystem", *, threads: int) -> None:
+        super().__init__(files, threads=threads)
+        self._writable = files
+
+    @_answered
+    async def setattr(
+        self, inode: int, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields, fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:  # fmt: skip
+        found = await self._in_thread(
+            functools.partial(
+                self._writable.setattr, inode,
+                handle=fh,
+                size=attr.st_size if fields.update_size else None,
+                mode=attr.st_mode if fields.update_mode else None,
+                uid=attr.st_uid if fields.update_uid else None,
+                gid=attr.st_gid if fields.update_gid else None,
+                mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            )
+        )  # fmt: skip
+        return self._encode(found)
+
+    @_answered
+    async def readlink(self, inode: int, ctx: object) -> bytes:
+        return self._writable.readlink(inode)
+
+    @_answered
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        made = self._writable.mknod
+        return self._encode(await self._in_thread(made, parent_inode, name, mode, ctx.uid, ctx.gid))
+
+    @_answered
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        made = self._writable.mkdir
+        return self._encode(await self._in_thread(made, parent_inode, name, mode, ctx.uid, ctx.gid))
+
+    @_answered
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        made = self._writable.symlink
+        return self._encode(await self._in_thread(made, parent_inode, name, target, ctx.uid, ctx.gid))
+
+    @_answered
+    async def unlink(self, parent_inode: int, name: bytes, ctx: object) -> None:
+        await self._in_thread(self._writable.unlink, parent_inode, name)
+
+    @_answered
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: object) -> None:
+        await self._in_thread(self._writable.rmdir, parent_inode, name)
+
+    @_answered
+    async def rename(
+        self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes, flags: int,
+        ctx: object,
+    ) -> None:  # fmt: skip
+        await self._in_thread(
+            self._writable.rename, parent_inode_old, name_old, parent_inode_new, name_new, flags
+        )
+
+    @_answered
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: object) -> Any:
+        raise Refused(errno.EPERM)  # a bucket has one name for an object
+
+    @_answered
+    async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
+        return _file_info(await self._in_thread(self._writable.open, inode, flags))
+
+    @_answered
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        found, opened = await self._in_thread(
+            self._writable.create, parent_inode, name, flags, mode, ctx.uid, ctx.gid
+        )
+        return _file_info(opened), self._encode(found)
+
+    @_answered
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await self._in_thread(self._writable.write, fh, off, buf)
+
+    @_answered
+    async def flush(self, fh: int) -> None:
+        if self._writable.writes(fh):
+            await self._in_thread(self._writable.flush, fh, self._writable.node_of(fh))
+
+    @_answered
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._in_thread(self._writable.fsync, self._writable.node_of(fh))
+
+    @_answered
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self._in_thread(self._writable.fsyncdir)
+
+    @_answered
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: object) -> None:
+        await self._in_thread(self._writable.setxattr, inode, name, value, 0)
+
+    @_answered
+    async def removexattr(self, inode: int, name: bytes, ctx: object) -> None:
+        await self._in_thread(self._writable.removexattr, inode, name)
+
+
+def _file_info(opened: Opened) -> pyfuse3.FileInfo:
+    return pyfuse3.FileInfo(fh=opened.handle, keep_cache=opened.keep)
+
+
 class Mount:
     """One mount of a file system by pyfuse3. There can be one in a process: pyfuse3 holds it globally."""
 
     def __init__(self, files: FileSystem, settings: MountSettings, *, source: str) -> None:
         """`source` is what `mount` and `df` show."""
-        self._operations = _Operations(files, threads=settings.max_tasks)
+        self._operations = (
+            _WritableOperations(cast("WritableFileSystem", files), threads=settings.max_tasks)
+            if files.writable
+            else _Operations(files, threads=settings.max_tasks)
+        )
         self._settings, self._source = settings, source
 
     def __repr__(self) -> str:
@@ -213,7 +336,7 @@ class Mount:
         options = {
             f"fsname={_fsname(self._source)}",
             "subtype=datacache",
-            "ro",
+            "rw" if self._operations.files.writable else "ro",
             "nosuid",
             "nodev",
             "default_permissions",

@@ -156,6 +156,8 @@ class _Readable:
 class WritableFileSystem(FileSystem):
     """The file system of a data set that can be written to. Thread-safe."""
 
+    writable = True
+
     def __init__(
         self, overlay: Overlay, reader: Any, settings: MountSettings, *,
         durability: Durability = Durability.CLOSE, **more: Any,
@@ -163,6 +165,11 @@ class WritableFileSystem(FileSystem):
         """`more`: as of `FileSystem`."""
         super().__init__(overlay, reader, settings, **more)
         self._overlay, self._durability = overlay, durability
+        # Where nobody chose, the owner can write: who mounts read-write wants to.
+        if settings.file_mode == MountSettings.file_mode:
+            self._modes[Kind.FILE] |= stat.S_IWUSR
+        if settings.dir_mode == MountSettings.dir_mode:
+            self._modes[Kind.DIRECTORY] |= stat.S_IWUSR
         self._modes[Kind.SYMLINK] = stat.S_IFLNK | 0o777
         # Files that are written though nobody opened them here, the latest ones.
         self._written = _Recovered()
@@ -569,6 +576,18 @@ class WritableFileSystem(FileSystem):
         file = self._files.get(handle)
         return not (file is not None and isinstance(file.opened, _Bytes)) and super().release_nowait(handle)
 
+    def node_of(self, handle: int) -> int:
+        """The node that a handle of ours is open on."""
+        file = self._files.get(handle)
+        if file is None:
+            raise Refused(errno.EBADF)
+        return file.node
+
+    def writes(self, handle: int) -> bool:
+        """Whether a handle of ours was opened for writing."""
+        file = self._files.get(handle)
+        return file is not None and isinstance(file.opened, _Bytes) and file.opened.file.writing
+
     def knows(self, handle: int) -> bool:
         """Whether a handle is of this daemon."""
         return handle in self._files
@@ -595,8 +614,7 @@ class WritableFileSystem(FileSystem):
         return {**super().stats(), "open_for_writing": writing}
 
     def leave(self) -> None:
-        """The kernel goes on with what is open, and a successor with what is being written: from now on
-        nothing is called closed."""
+        # What is being written is not closed, so it is not called so.
         self._left = True
 
     def close(self) -> None:
