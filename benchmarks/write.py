@@ -52,7 +52,8 @@ class Writable(Datacache):
 
     durability = "close"
     driver = "auto"
-    delay = "0s"
+    delay = "10m"
+    """What is written is not sent while the writing is measured: store and mount share two cores and a disk."""
 
     def start(self) -> None:
         (self.scratch / "landing").mkdir()
@@ -71,6 +72,13 @@ class WritableFsync(Writable):
 
     name = "datacache, fsync"
     durability = "fsync"
+
+
+class WritableSending(Writable):
+    """... sending at once."""
+
+    name = "datacache, sending"
+    delay = "0s"
 
 
 class WritablePortable(Writable):
@@ -178,7 +186,8 @@ def ours(run: Run, system: Callable[..., Writable], *, large: bool = True) -> No
 
 def uploads(run: Run) -> None:
     """What is written while nothing is sent, and then flushed, against the client alone."""
-    with mounted(_Delayed(run.root, run.server.endpoint, BUCKET)) as one:
+    with mounted(Writable(run.root, run.server.endpoint, BUCKET)) as one:
+        assert isinstance(one, Writable)
         place = one.mount / f"up-{time.monotonic_ns()}"
         place.mkdir()
         run.small(one.name, place, 16, "none")
@@ -205,17 +214,14 @@ def uploads(run: Run) -> None:
     clear_away(place)
 
 
-class _Delayed(Writable):
-    delay = "7d"
-
-
 def latency(run: Run) -> None:
     """p99 of 4 KiB reads of a cached file, alone and beside writes at half of the disk's native rate."""
     native_rate = statistics.median(run.rows["sequential write + fsync, MiB/s"]["native"])
     with mounted(Writable(run.root, run.server.endpoint, BUCKET)) as one:
+        assert isinstance(one, Writable)
         file = one.mount / "cached"
         run.write("sequential", one.mount, 1, 256 * MiB)
-        (one.mount / "0").rename(file)
+        (one.mount / "seq-0").rename(file)
         one.command("flush", str(one.mount))
         for name, rate in (("alone", 0.0), ("beside writes", native_rate / 2)):
             stop = threading.Event()
@@ -308,6 +314,7 @@ def main() -> None:
                 if "ours" in parts:
                     ours(run, Writable)
                     ours(run, WritableFsync, large=False)
+                    ours(run, WritableSending)
                     ours(run, WritablePortable)
                 if "uploads" in parts:
                     uploads(run)

@@ -19,7 +19,7 @@ def sequential(where: str, files: int, size: int) -> dict[str, float]:
     piece = os.urandom(MiB)
     began = time.monotonic()
     for number in range(files):
-        descriptor = os.open(f"{where}/{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor = os.open(f"{where}/seq-{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for _ in range(size // MiB):
             os.write(descriptor, piece)
         os.fsync(descriptor)
