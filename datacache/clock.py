@@ -71,3 +71,28 @@ class VirtualClock:
         """Let `seconds` pass."""
         with self._lock:
             self._now += max(0.0, seconds)
+
+
+class Pace:
+    """Bytes per second at most: a bucket that fills at this rate, and holds one second's worth."""
+
+    def __init__(self, rate: int, clock: Clock) -> None:
+        self._rate, self._clock = rate, clock
+        self._lock = threading.Lock()  # guards all below
+        self._tokens = float(rate)
+        self._at = clock.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<Pace {self._rate} bytes/s>"
+
+    def take(self, count: int, stop: threading.Event) -> bool:
+        """Wait until `count` bytes are due. False: `stop` was set first.
+
+        More than the bucket holds is lent, and those who come next wait for it.
+        """
+        with self._lock:
+            now = self._clock.monotonic()
+            self._tokens = min(self._rate, self._tokens + (now - self._at) * self._rate) - count
+            self._at = now
+            debt = -self._tokens / self._rate
+        return not (self._clock.wait(stop, debt) if debt > 0 else stop.is_set())

@@ -15,13 +15,13 @@ from datacache.cache.directory import DirectoryTier, Owner, Rules
 from datacache.cache.memory import MemoryTier
 from datacache.cache.tier import Tier, TierStats
 from datacache.cache.tiered import TieredCache
-from datacache.clock import Clock, SystemClock, VirtualClock
+from datacache.clock import Clock, Pace, SystemClock, VirtualClock
 from datacache.config.settings import Policy, ReadingSettings, SourceSettings
 from datacache.errors import BreakerOpen, ControlError, Denied, SettingError, Unavailable
 from datacache.model import ByteRange, CacheKey, Entry, KiB, MiB
 from datacache.reading import load
 from datacache.reading.job import LoadRequest, LoadStatus
-from datacache.reading.load import Loads, Pace, matcher
+from datacache.reading.load import Loads, matcher
 from datacache.reading.reader import Reader
 from datacache.sources.faulty import Fail, FaultySource
 from datacache.sources.memory import MemorySource
