@@ -45,7 +45,7 @@ class Writing:
         most; whether it is, and what is left."""
         self.journal.sync()
         prefix = None if top is None else (top.mount, self.overlay.key_of(top))
-        clean = self.uploader.flush(prefix, timeout=timeout)
+        clean = self.uploader.flush(prefix, timeout=timeout).complete
         dirty = self.overlay.dirty()
         return {
             "clean": clean, "pending": dirty.due, "open": dirty.open, "bytes": dirty.bytes,

@@ -874,6 +874,10 @@ class Overlay:
         with self._lock:
             return list(self._ops.values())
 
+    def op(self, seq: int) -> Op | None:
+        """One of them, as it is now."""
+        return self._ops.get(seq)
+
     def begin(self, op: Op) -> Op | None:
         """An operation is about to be done: as it is now; None where that is not to be."""
         with self._lock:
