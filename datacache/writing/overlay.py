@@ -172,6 +172,7 @@ class Overlay:
         self._dispensable: set[int] = set()  # landing files that may have lost the last of them
         self._parked: dict[int, str] = {}
         self._users: Counter[int] = Counter()  # opens of landed files
+        self._writing: Counter[int] = Counter()  # ... of them, those for writing
         self._granted: set[int] = set()  # created, and counted as open for writing; the open follows
         self._unchanged: dict[int, tuple[int, int]] = {}  # size and ctime of what was landed to be written
         self._landers: dict[
@@ -723,6 +724,8 @@ class Overlay:
                 file.close()
                 raise
             self._users[ino] += 1
+            if writing:
+                self._writing[ino] += 1
             return file
 
     def closed(self, ino: int, file: LandedFile) -> None:
@@ -733,6 +736,9 @@ class Overlay:
             if not self._users[ino]:
                 del self._users[ino]
             if file.writing:
+                self._writing[ino] -= 1
+                if not self._writing[ino]:
+                    del self._writing[ino]
                 self._end_writing(ino)
             self._sweep(ino)
         if file.writing:
@@ -742,7 +748,8 @@ class Overlay:
         """A writer that an earlier daemon counted has closed the file."""
         with self._lock:
             node = self._nodes.get(ino)
-            if node is not None and node.writers > self._users[ino]:
+            ours = self._writing[ino] + (ino in self._granted)
+            if node is not None and node.writers > ours:
                 self._end_writing(ino)
                 self._sweep(ino)
         self._uploads.poke()

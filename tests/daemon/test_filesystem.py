@@ -176,10 +176,12 @@ def test_timeouts_are_for_ever_where_nothing_changes(make: Maker) -> None:
 def test_chosen_timeouts_win(make: Maker) -> None:
     """The flags are obeyed; `negative` and `attr` follow `entry` unless they are given too."""
     it = make(mount=MountSettings(entry_timeout=5))
-    assert it.files.lookup(ROOT, b"a.txt")[-2:] == (5, 5)
+    found = it.files.lookup(ROOT, b"a.txt")
+    assert (found.entry_timeout, found.attr_timeout) == (5, 5)
     assert it.files.lookup(ROOT, b"nothing").entry_timeout == 5
     it = make(mount=MountSettings(entry_timeout=5, attr_timeout=float("inf"), negative_timeout=0))
-    assert it.files.lookup(ROOT, b"a.txt")[-2:] == (5, FOREVER)
+    found = it.files.lookup(ROOT, b"a.txt")
+    assert (found.entry_timeout, found.attr_timeout) == (5, FOREVER)
     assert it.files.lookup(ROOT, b"nothing").entry_timeout == 0
 
 

@@ -85,7 +85,9 @@ def test_every_exception_of_every_handler_becomes_an_errno(handler: str, error: 
 
 def test_what_is_in_memory_is_answered_without_a_thread() -> None:
     """The call that may wait is made only where the other has no answer."""
-    known = Attributes(5, mode=0o100444, size=9, entry_timeout=3, attr_timeout=4, mtime_ns=7_000_000_008)
+    known = Attributes(
+        5, mode=0o100444, size=9, entry_timeout=3, attr_timeout=4, mtime_ns=7_000_000_008, uid=1, gid=2
+    )
     script = Script(lookup_nowait=known)
     found, _ = run(script, "lookup", 1, b"x", None)
     assert script.asked == [("lookup_nowait", 1, b"x")]
