@@ -53,7 +53,7 @@ class Writable(Datacache):
     durability = "close"
     driver = "auto"
     delay = "10m"
-    """What is written is not sent while the writing is measured: store and mount share two cores and a disk."""
+    """What is written is not sent while it is measured: store and mount share two cores and a disk."""
 
     def start(self) -> None:
         (self.scratch / "landing").mkdir()

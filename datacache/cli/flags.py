@@ -100,7 +100,7 @@ MOUNT = (
          "else passthrough; default auto"),
 )  # fmt: skip
 WRITING = (
-    Flag("rw", "", "let files be written, too; they are durable when they are closed, and in the bucket later"),
+    Flag("rw", "", "let files be written, too: durable when they are closed, and in the bucket later"),
     Flag("landing", "DIR", "where what is written lies until the bucket has it: on a disk that survives a "
          "power cut; default: a directory in --state"),
     Flag("durability", "WHEN", "what was written survives a power cut when close(2) has returned (close), or "

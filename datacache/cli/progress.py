@@ -78,7 +78,7 @@ def follow(
 def told(
     *, out: TextIO = sys.stderr, quiet: bool = False, clock: Clock | None = None
 ) -> Iterator[Callable[[str], None]]:
-    """What shows how something goes, in one line: again and again on a terminal, every few seconds elsewhere."""
+    """What shows how something goes, in one line: live on a terminal, every few seconds elsewhere."""
     clock, live = clock or SystemClock(), not quiet and out.isatty()
     last = clock.monotonic()
 

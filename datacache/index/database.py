@@ -503,8 +503,27 @@ class Changing:
         self._hide(ino)
         self._run("UPDATE paths SET parent=?, name=? WHERE ino=?", (BURIED, b"%d" % ino, ino))
 
-    def settle(self, ino: int, key: bytes, info: ObjectInfo | None) -> None:
-        """The store has it: the object `info`, or a directory."""
+    def reserve(self, count: int) -> range:
+        """Numbers that no path has, nor ever will but by `settle`."""
+        row = self._run("UPDATE sqlite_sequence SET seq=seq+? WHERE name='paths' RETURNING seq", (count,))
+        last = int(row.fetchall()[0][0])
+        return range(last - count + 1, last + 1)
+
+    def settle(
+        self, ino: int, parent: int, name: bytes, kind: int, mount: int, key: bytes, info: ObjectInfo | None
+    ) -> None:
+        """The store has it: the object `info`, or a directory. A number that was reserved for it becomes a
+        row; what has its name otherwise is buried."""
+        if self._run("SELECT 1 FROM paths WHERE ino=?", (ino,)).fetchone() is None:
+            for (other,) in self._run(
+                "SELECT ino FROM paths WHERE parent=? AND name=? AND kind=?", (parent, name, kind)
+            ).fetchall():
+                self.bury(other)
+            self._run(
+                "INSERT INTO paths (ino, parent, name, kind, size, mtime_ns, mount, key, etag, version_id,"
+                " stamp, archived, gone) VALUES (?,?,?,?,0,0,?,?,'','','',0,1)",
+                (ino, parent, name, kind, mount, key),
+            )
         self._touch(ino)
         self._count(ino, -1)
         if info is None:

@@ -17,8 +17,8 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from datacache.errors import LandingBroken, LandingError, LandingFull
@@ -53,8 +53,10 @@ CREATE TABLE attributes (
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
+_NO_XATTRS: Mapping[bytes, bytes] = MappingProxyType({})
+
+
+class Attributes(NamedTuple):
     """What a path has beside its bytes. None: as the mount's settings, or the store, say."""
 
     mode: int | None = None
@@ -64,12 +66,11 @@ class Attributes:
     mtime_ns: int | None = None
     target: bytes | None = None
     """Where a symbolic link leads; None: it is none."""
-    xattrs: Mapping[bytes, bytes] = field(default_factory=dict)
+    xattrs: Mapping[bytes, bytes] = _NO_XATTRS
     """`user.*`, by whole name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A path that is not what the bucket is known to hold."""
 
     ino: int
@@ -104,8 +105,7 @@ NOTHING = "nothing"
 ANYTHING = "anything"
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(NamedTuple):
     """One thing that the bucket is owed."""
 
     seq: int
@@ -141,8 +141,7 @@ class Op:
         return (own,) if self.origin is None else (own, (self.mount, self.origin.key))
 
 
-@dataclass(frozen=True, slots=True)
-class Hidden:
+class Hidden(NamedTuple):
     """An object that the bucket still has, and that is not shown, until an operation is done."""
 
     parent: int
@@ -328,7 +327,7 @@ class Change:
         values = (op.seq or None, *_of_op(op)[1:])
         seq = self._run(f"INSERT INTO ops ({_OP}) VALUES ({_marks(_OP)})", values).lastrowid
         assert seq is not None
-        return replace(op, seq=seq)
+        return op._replace(seq=seq)
 
     def update_op(self, op: Op) -> None:
         """Keep it in place of what has its `seq`."""

@@ -9,16 +9,15 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from datacache.cache.owner import Owner
-from datacache.cache.tier import Tier
+from datacache.cache.tier import Lent, Tier
 from datacache.clock import Clock
 from datacache.config.settings import Settings
 from datacache.errors import CacheError, LandingBroken, SettingError
 from datacache.index.live import LiveIndex
-from datacache.model import CacheKey, Dataset, Entry, Kind, MiB, MountPoint
-from datacache.reading.reader import Reader
+from datacache.model import Buffer, CacheKey, Dataset, Entry, Kind, MiB, MountPoint
 from datacache.sources.sink import Sink
 from datacache.writing.journal import Journal
 from datacache.writing.landing import MANAGED, Landing, Quiet
@@ -29,6 +28,21 @@ _log = logging.getLogger(__name__)
 
 _PIECE = 8 * MiB
 """Bytes copied at once between cache and landing zone; Python holds one piece."""
+
+
+class OpenObject(Protocol):
+    """One open object."""
+
+    def read(self, offset: int, length: int) -> Buffer: ...
+    def close(self) -> None: ...
+
+
+class Reader(Protocol):
+    """What is asked of the read path (`datacache.reading.reader.Reader`)."""
+
+    def open(self, entry: Entry) -> OpenObject: ...
+    def lend(self, entry: Entry) -> Lent | None: ...
+    def cache_key(self, entry: Entry) -> CacheKey: ...
 
 
 class Writing:

@@ -22,7 +22,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cachetools import LRUCache
@@ -66,6 +66,8 @@ _log = logging.getLogger(__name__)
 
 DISPENSABLE = 256
 """Landing files that wait at most for the journal to be synced, before they are removed."""
+RESERVED = 1000
+"""Numbers of paths that are taken from the catalogue at once: each time is a transaction of it."""
 RENAMED_MAX = 100_000
 """Files below a directory that is renamed at most; beyond, it is EXDEV, on which `mv` copies and deletes."""
 KEY_MAX = 1024
@@ -168,6 +170,8 @@ class Overlay:
         self._deletes: dict[int, set[int]] = {}  # `seq` of DELETEs of what a node was called before
         self._hidden_at: dict[tuple[int, str], tuple[int, bytes]] = {}
         self._running: dict[int, Quiet | None] = {}
+        self._numbers: Iterator[int] = iter(())  # reserved in the catalogue
+        self._rowless: set[int] = set()  # directories made here that the catalogue knows nothing of below
         self._named: Counter[int] = Counter()  # nodes and operations of each landing file
         self._dispensable: set[int] = set()  # landing files that may have lost the last of them
         self._parked: dict[int, str] = {}
@@ -309,8 +313,8 @@ class Overlay:
         with self._lock:
             mount, key = self._free(parent, name, Kind.FILE)
             landing = self._create()
-            node = self._claim(parent, name, Kind.FILE, mount, key)
-            node = replace(node, landing=landing, attributes=Attributes(mode, uid, gid), writers=1)
+            node = Node(self._number(), parent, name, Kind.FILE, mount, key, 0)
+            node = node._replace(landing=landing, attributes=Attributes(mode, uid, gid), writers=1)
             with self._changing("create") as batch:
                 batch.put_node(node)
                 self._owe_put(batch, node, NOTHING, due=False)
@@ -322,8 +326,9 @@ class Overlay:
         self._look(parent, name)
         with self._lock:
             mount, key = self._free(parent, name, Kind.DIRECTORY)
-            node = self._claim(parent, name, Kind.DIRECTORY, mount, key)
-            node = replace(node, attributes=Attributes(mode, uid, gid, self._now_ns()))
+            node = Node(self._number(), parent, name, Kind.DIRECTORY, mount, key, 0)
+            self._rowless.add(node.ino)
+            node = node._replace(attributes=Attributes(mode, uid, gid, self._now_ns()))
             with self._changing("mkdir") as batch:
                 batch.put_node(node)
                 self._owe_put(batch, node, NOTHING, due=True)
@@ -337,9 +342,9 @@ class Overlay:
             mount, key = self._free(parent, name, Kind.SYMLINK)
             landing = self._create()
             self._write(landing, target)
-            node = self._claim(parent, name, Kind.SYMLINK, mount, key)
+            node = Node(self._number(), parent, name, Kind.SYMLINK, mount, key, 0)
             kept = Attributes(0o777, uid, gid, self._now_ns(), target)
-            node = replace(node, landing=landing, attributes=kept)
+            node = node._replace(landing=landing, attributes=kept)
             with self._changing("symlink") as batch:
                 batch.put_node(node)
                 self._owe_put(batch, node, NOTHING, due=True)
@@ -448,7 +453,7 @@ class Overlay:
 
     def _moved(self, node: Node, parent: int, name: bytes, key: str) -> Iterator[tuple[Node, Node]]:
         """What a rename moves, as it was and as it will be, parents first."""
-        yield node, replace(node, parent=parent, name=name, key=key)
+        yield node, node._replace(parent=parent, name=name, key=key)
         if node.kind is Kind.DIRECTORY:
             for child in self._known_children(node.ino):
                 below = self._node_of(child)
@@ -469,7 +474,7 @@ class Overlay:
         for seq in self._deletes.get(node.ino, ()):  # of an earlier rename: they wait for the new name now
             if seq not in self._running:
                 batch.drop_op(self._ops[seq])
-                left.append(replace(self._ops[seq], seq=0))
+                left.append(self._ops[seq]._replace(seq=0))
         if before == NOTHING and not running:
             return left
         directory = node.kind is Kind.DIRECTORY
@@ -490,10 +495,10 @@ class Overlay:
         if before is None:
             before = ANYTHING if directory else entry.version
         for seq in self._deletes.get(ino, ()):  # what it was renamed from need not wait for it any more
-            batch.update_op(replace(self._ops[seq], ino=0))
+            batch.update_op(self._ops[seq]._replace(ino=0))
         if node is not None:
             if node.writers or self._users[ino]:
-                batch.put_node(replace(node, orphan=True))
+                batch.put_node(node._replace(orphan=True))
             else:
                 batch.drop_node(node)
         else:
@@ -521,7 +526,7 @@ class Overlay:
                 expected = op.expected
             if seq in self._running:
                 running = True
-                batch.update_op(replace(op, ino=0))
+                batch.update_op(op._replace(ino=0))
                 batch.then(lambda op=op: self._edit(op))  # type: ignore[misc]
             else:
                 batch.drop_op(op)
@@ -536,7 +541,8 @@ class Overlay:
         expected = there if before is None else before
         if node.kind is Kind.DIRECTORY:
             expected = ANYTHING
-        batch.show(node.mount, node.key)
+        if (node.mount, node.key) in self._hidden_at:
+            batch.show(node.mount, node.key)
         batch.add_op(
             Op(
                 0, _new_id(), OpKind.PUT, node.ino, node.mount, node.key, barrier, expected, node.landing,
@@ -549,7 +555,7 @@ class Overlay:
         if ino in self._roots or ino in self._nodes or self._known_children(ino):
             return
         with suppress(NoSuchPath):
-            node = replace(self._node_of(self.entry(ino)), origin=None)
+            node = self._node_of(self.entry(ino))._replace(origin=None)
             with self._changing("keep") as batch:
                 batch.put_node(node)
                 self._owe_put(batch, node, ANYTHING, due=True)
@@ -564,7 +570,7 @@ class Overlay:
         changes: dict[str, Any] = {"mode": mode, "uid": uid, "gid": gid, "mtime_ns": mtime_ns}
         changes = {name: value for name, value in changes.items() if value is not None}
         with self._lock:
-            self._change_attributes(ino, lambda kept: replace(kept, **changes))
+            self._change_attributes(ino, lambda kept: kept._replace(**changes))
             node = self._nodes.get(ino)
             if mtime_ns is not None and node is not None and node.landing and node.kind is Kind.FILE:
                 self._landing.set_mtime(node.landing, mtime_ns)
@@ -596,7 +602,7 @@ class Overlay:
         node = self._nodes.get(ino)
         if node is not None:
             with self._changing("attributes") as batch:
-                batch.put_node(replace(node, attributes=change_of(node.attributes)))
+                batch.put_node(node._replace(attributes=change_of(node.attributes)))
             return
         entry = self.entry(ino)
         if entry.mount < 0:
@@ -684,15 +690,15 @@ class Overlay:
     def _land_renamed(self, node: Node, number: int) -> None:
         op = self._ops[self._puts[node.ino]]
         with self._changing("land") as batch:
-            batch.put_node(replace(node, landing=number, origin=None, generation=node.generation + 1))
-            batch.update_op(replace(op, landing=number, origin=None, id=_next_id(op.id)))
+            batch.put_node(node._replace(landing=number, origin=None, generation=node.generation + 1))
+            batch.update_op(op._replace(landing=number, origin=None, id=_next_id(op.id)))
             batch.then(lambda: self._edit(op))
 
     def _land_clean(self, entry: Entry, number: int, *, truncate: bool) -> None:
         ino = entry.ino
         with self._index.changing() as changing:
             generation = changing.renew(ino)
-        kept = replace(self.attributes(entry), mtime_ns=None)
+        kept = self.attributes(entry)._replace(mtime_ns=None)
         with self._changing("land") as batch:
             node = Node(
                 ino, entry.parent, entry.name, entry.kind, entry.mount, entry.key, generation, number,
@@ -820,9 +826,9 @@ class Overlay:
         """Somebody will write: no upload may read it, and what was sent is another content."""
         op = self._ops.get(self._puts.get(node.ino, 0))
         with self._changing("open") as batch:
-            batch.put_node(replace(node, writers=node.writers + 1))
+            batch.put_node(node._replace(writers=node.writers + 1))
             if op is not None and op.since and not node.writers:
-                batch.update_op(replace(op, id=_next_id(op.id), resume=""))
+                batch.update_op(op._replace(id=_next_id(op.id), resume=""))
                 batch.then(lambda: self._edit(op))
 
     def _edit(self, op: Op) -> None:
@@ -839,7 +845,7 @@ class Overlay:
         node = self._nodes.get(ino)
         if node is None or not node.writers:
             return
-        new = replace(node, writers=node.writers - 1)
+        new = node._replace(writers=node.writers - 1)
         op = self._ops.get(self._puts.get(ino, 0))
         last = not new.writers and not new.orphan
         if last and op is not None and not op.since and self._is_unchanged(new):
@@ -849,7 +855,7 @@ class Overlay:
             batch.put_node(new)
             if last and op is not None and not op.since:
                 batch.drop_op(op)
-                batch.add_op(replace(op, seq=0, since=self._clock.wall()))
+                batch.add_op(op._replace(seq=0, since=self._clock.wall()))
 
     def _is_unchanged(self, node: Node) -> bool:
         before = self._unchanged.pop(node.ino, None)
@@ -935,7 +941,7 @@ class Overlay:
             now = self._ops.get(op.seq)
             if now is None or now.id != op.id:
                 return op  # written again: nobody will go on with it
-            changed = replace(now, resume=resume)
+            changed = now._replace(resume=resume)
             with self._changing("remember") as batch:
                 batch.update_op(changed)
         self._journal.sync()
@@ -954,7 +960,7 @@ class Overlay:
                 self._deleted(now, there)
             elif now.id != op.id and now.ino:
                 with self._changing("again") as batch:  # it was written again meanwhile, and is still owed
-                    batch.update_op(replace(now, expected=there, resume=""))
+                    batch.update_op(now._replace(expected=there, resume=""))
             elif self._puts.get(now.ino) == now.seq:
                 assert stored is not None
                 self._put(now, stored)
@@ -988,7 +994,7 @@ class Overlay:
             elif not now.ino or found is None or self._policy is Conflict.OVERWRITE:
                 _log.warning("%s meanwhile; ours takes its place", where)
                 with self._changing("overwrite") as batch:
-                    batch.update_op(replace(now, expected=there, id=_next_id(now.id), resume=""))
+                    batch.update_op(now._replace(expected=there, id=_next_id(now.id), resume=""))
             elif self._policy is Conflict.FAIL:
                 self._parked[now.seq] = f"{where} meanwhile (conflict: fail); it is not uploaded"
                 _log.warning("%s meanwhile; ours is not uploaded (conflict: fail)", where)
@@ -1034,9 +1040,14 @@ class Overlay:
         if directory:
             token = ""
         elif node.landing and node.kind is Kind.FILE:
-            kept = replace(kept, mtime_ns=self._landing.stat(node.landing).st_mtime_ns)
+            kept = kept._replace(mtime_ns=self._landing.stat(node.landing).st_mtime_ns)
         with self._catalogue((node.parent, node.name)) as changing:
-            changing.settle(node.ino, names.to_bytes(op.key), None if directory else stored.info)
+            self._rowless.discard(node.parent)
+            row = Kind.DIRECTORY if directory else Kind.FILE
+            changing.settle(
+                node.ino, node.parent, node.name, int(row), op.mount, names.to_bytes(op.key),
+                None if directory else stored.info,
+            )  # fmt: skip
         step("overlay.settled")
         with self._changing("settle") as batch:
             self._done(batch, op, stored.info.version)
@@ -1070,7 +1081,7 @@ class Overlay:
         key = names.to_bytes(op.key)
         with self._catalogue(at) as changing:
             ino, _ = changing.claim(*at, int(Kind.FILE), op.mount, key)
-            changing.settle(ino, key, found.info)
+            changing.settle(ino, *at, int(Kind.FILE), op.mount, key, found.info)
 
     def _later_delete(self, op: Op) -> bool:
         later = (self._ops[seq] for seq in self._by_key.get((op.mount, op.key), ()) if seq > op.seq)
@@ -1083,7 +1094,7 @@ class Overlay:
             later = self._ops[seq]
             if seq > op.seq and (later.mount, later.key) == (op.mount, op.key):
                 if later.expected != ANYTHING:
-                    batch.update_op(replace(later, expected=there))
+                    batch.update_op(later._replace(expected=there))
                 break
 
     def _set_beside(self, op: Op, found: Stored) -> None:
@@ -1092,7 +1103,7 @@ class Overlay:
         parts = (names.to_text(node.name), "conflict", self._host, op.lineage[:8])
         name = names.to_bytes(".".join(part for part in parts if part))
         mount, key = self._key(node.parent, name, node.kind)
-        new = replace(node, name=name, key=key)
+        new = node._replace(name=name, key=key)
         with self._changing("conflict") as batch:
             batch.drop_op(op)
             batch.put_node(new)
@@ -1117,7 +1128,7 @@ class Overlay:
             return None
         if above.kind is not Kind.DIRECTORY:
             raise NotADirectory(f"{self.path(parent)} is a file")
-        found = self._index.known_child(parent, name)
+        found = None if parent in self._rowless else self._index.known_child(parent, name)
         if found is None:
             raise NoSuchPath(f"no such path: {names.to_text(name)}")
         return self._shown(found)
@@ -1156,6 +1167,8 @@ class Overlay:
 
     def _look(self, parent: int, name: bytes) -> None:
         """Have what the store says of a name known, where that is to be asked."""
+        if parent in self._rowless:
+            return
         with suppress(NoSuchPath):
             self.lookup(parent, name)
 
@@ -1196,14 +1209,14 @@ class Overlay:
         node = self._nodes.get(entry.ino)
         return entry.key if node is None else node.key
 
-    def _claim(self, parent: int, name: bytes, kind: Kind, mount: int, key: str) -> Node:
-        row = int(Kind.DIRECTORY if kind is Kind.DIRECTORY else Kind.FILE)
-        with self._index.changing((parent, name)) as changing:
-            ino, generation = changing.claim(parent, name, row, mount, names.to_bytes(key))
-            if ino in self._nodes:  # of something unlinked that is still open, and was not buried
-                changing.bury(ino)
-                ino, generation = changing.claim(parent, name, row, mount, names.to_bytes(key))
-        return Node(ino, parent, name, kind, mount, key, generation)
+    def _number(self) -> int:
+        """An `ino` for what is new. The catalogue has a row for it when the bucket has it."""
+        number = next(self._numbers, None)
+        if number is None:
+            with self._index.changing() as changing:
+                self._numbers = iter(changing.reserve(RESERVED))
+            number = next(self._numbers)
+        return number
 
     def _node_of(self, entry: Entry) -> Node:
         """The node of a path; of a clean one, as it is when it is renamed."""
@@ -1337,10 +1350,10 @@ class Overlay:
             with self._changing("resume") as batch:
                 for node in nodes:
                     if node.writers:
-                        batch.put_node(replace(node, writers=0))
+                        batch.put_node(node._replace(writers=0))
                 for op in self._ops.values():
                     if not op.since:
-                        batch.update_op(replace(op, since=self._clock.wall()))
+                        batch.update_op(op._replace(since=self._clock.wall()))
 
     def _begin_anew(self) -> None:
         """A fresh mount: nobody has anything open, and numbers mean nothing. What was not closed is due as
@@ -1377,10 +1390,10 @@ class Overlay:
                 row = int(Kind.DIRECTORY if node.kind is Kind.DIRECTORY else Kind.FILE)
                 ino, generation = changing.claim(at, name, row, node.mount, names.to_bytes(node.key))
                 known[node.mount, node.key] = numbers[node.ino] = ino
-                self._set_node(replace(node, ino=ino, parent=at, name=name, generation=generation, writers=0))
+                self._set_node(node._replace(ino=ino, parent=at, name=name, generation=generation, writers=0))
             for one in hidden:
                 at, name = place(one.mount, one.key)
-                self._set_hidden(replace(one, parent=at, name=name))
+                self._set_hidden(one._replace(parent=at, name=name))
                 changing.vanish(at, names.to_bytes(one.key))
         with self._journal.change("anew") as change:
             change.clear_nodes()
@@ -1396,7 +1409,7 @@ class Overlay:
                 ):
                     change.drop_op(op.seq)  # of what was unlinked, or is not there
                     continue
-                new = replace(op, ino=ino, since=op.since or self._clock.wall())
+                new = op._replace(ino=ino, since=op.since or self._clock.wall())
                 change.update_op(new)
                 self._set_op(new)
             change.set_meta("index", self._index.identity)
@@ -1437,6 +1450,7 @@ class Overlay:
             self._unname(before)
             self._named[before.landing] -= 1
         self._granted.discard(node.ino)
+        self._rowless.discard(node.ino)
         self._unchanged.pop(node.ino, None)
 
     def _set_op(self, op: Op) -> None:
@@ -1552,7 +1566,7 @@ def _token(entry: Entry) -> str:
 
 
 def _with_xattrs(kept: Attributes, xattrs: Mapping[bytes, bytes]) -> Attributes:
-    return replace(kept, xattrs=xattrs)
+    return kept._replace(xattrs=xattrs)
 
 
 def _sent(entry: Entry, kept: Attributes) -> dict[str, str]:

@@ -142,4 +142,3 @@ def test_what_was_acknowledged_survives_many_power_cuts(tmp_path: Path) -> None:
     for part in range(10):
         (tmp_path / str(part)).mkdir()
         cut_the_power(tmp_path / str(part), 20)
-

@@ -10,13 +10,12 @@ import os
 import shutil
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from datacache.errors import DatacacheError
-from datacache.model import Kind
+from datacache.model import ByteRange, Kind
 from datacache.writing import steps
 from tests.support.overlays import Killed, Mounted, Place
 
@@ -75,9 +74,8 @@ def renamed(tree: Tree, path: str, new: str) -> Tree:
         raise Refused
     if path == new:
         return tree
-    if new in tree:
-        if (tree[path] is None) != (tree[new] is None) or below(tree, new):
-            raise Refused
+    if new in tree and ((tree[path] is None) != (tree[new] is None) or below(tree, new)):
+        raise Refused
     moved = {path, *below(tree, path)}
     kept = {p: data for p, data in tree.items() if p not in moved and p != new}
     return {**kept, **{new + p[len(path) :]: tree[p] for p in moved}}
@@ -107,7 +105,7 @@ class WritingMachine(RuleBasedStateMachine):
         self.place.remove()
 
     def do(self, wanted: Tree | None, work: Any) -> None:
-        """Do it as a program would; `wanted` is what a local file system shows then, None where it refuses."""
+        """Do it as a program would; `wanted` is what a local file system shows then; None: it refuses."""
         try:
             work()
         except DatacacheError:
@@ -188,7 +186,7 @@ class WritingMachine(RuleBasedStateMachine):
         found = {}
         for key in self.keys():
             info = self.place.bucket.stat(key)
-            found[key] = self.mounted.place.bucket.read(info, _all(info)) if info.size else b""
+            found[key] = self.mounted.place.bucket.read(info, ByteRange(0, info.size)) if info.size else b""
         files = {"/" + key: bytes(data) for key, data in found.items() if not key.endswith("/")}
         assert files == {path: data for path, data in self.tree.items() if data is not None}
         shown = {"/" + key.rstrip("/") for key in found if key.endswith("/")}
@@ -280,18 +278,12 @@ class DyingMachine(WritingMachine):
         super().die(resumed)
 
 
-def _all(info: Any) -> Any:
-    from datacache.model import ByteRange
-
-    return ByteRange(0, info.size)
-
-
 SETTINGS = settings(
-    max_examples=int(os.environ.get("EXAMPLES", "60")), stateful_step_count=30, deadline=None, phases=(Phase.generate,),
+    max_examples=int(os.environ.get("EXAMPLES", "60")), stateful_step_count=30, deadline=None,
+    phases=(Phase.generate,),  # a counterexample takes minutes to shrink, and seconds to understand
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip
 TestWriting = WritingMachine.TestCase
 TestWriting.settings = SETTINGS
 TestDying = DyingMachine.TestCase
 TestDying.settings = SETTINGS
-_ = pytest

@@ -57,8 +57,8 @@ class Mounted:
     ) -> None:
         self.place = place
         index = open_index(
-            DATASET, [place.bucket], IndexSettings(ttl=ttl), state=str(place.root / "state"), clock=place.clock,
-            resumed=resumed,
+            DATASET, [place.bucket], IndexSettings(ttl=ttl), state=str(place.root / "state"),
+            clock=place.clock, resumed=resumed,
         )  # fmt: skip
         assert isinstance(index, LiveIndex)
         self.index = index

@@ -112,7 +112,7 @@ class FakeWork:
             self.uploader.poke()
 
     def add(self, op: Op) -> Op:
-        op = replace(op, seq=next(self._numbers), since=op.since or self.clock.wall())
+        op = op._replace(seq=next(self._numbers), since=op.since or self.clock.wall())
         self.pending[op.seq] = op
         return op
 
@@ -140,7 +140,7 @@ class FakeWork:
             mark = f"{lineage}.{int(count) + 1}"
             if op.seq in self.running:
                 under_way = True
-                self.pending[op.seq] = replace(op, ino=0)
+                self.pending[op.seq] = op._replace(ino=0)
                 self._edit(op)
             else:
                 del self.pending[op.seq]
@@ -159,7 +159,7 @@ class FakeWork:
                     if op.kind is OpKind.PUT and op.ino == file.ino and op.key == key:
                         lineage, _, count = op.id.partition(".")
                         self.landed[file.landing] = data
-                        self.pending[op.seq] = replace(op, id=f"{lineage}.{int(count) + 1}", resume="")
+                        self.pending[op.seq] = op._replace(id=f"{lineage}.{int(count) + 1}", resume="")
                         self._edit(op)
                         break
                 else:
@@ -187,7 +187,7 @@ class FakeWork:
     def _orphan(self, file: File) -> None:
         for op in list(self.pending.values()):
             if op.kind is OpKind.DELETE and op.ino == file.ino:
-                self.pending[op.seq] = replace(op, ino=0)
+                self.pending[op.seq] = op._replace(ino=0)
 
     def rename(self, old: str, new: str) -> None:
         with self.lock:
@@ -259,7 +259,7 @@ class FakeWork:
             now = self.pending.get(op.seq)
             if now is None or now.id != op.id:
                 return op
-            self.pending[op.seq] = changed = replace(now, resume=resume)
+            self.pending[op.seq] = changed = now._replace(resume=resume)
             return changed
 
     def _done(self, op: Op, there: str | Version) -> None:
@@ -267,7 +267,7 @@ class FakeWork:
         self.known[op.key] = there
         for seq, later in self.pending.items():
             if seq > op.seq and later.key == op.key:
-                self.pending[seq] = replace(later, expected=there)
+                self.pending[seq] = later._replace(expected=there)
                 break
 
     def settled(self, op: Op, stored: Stored | None, content: Landed | None) -> None:
@@ -279,7 +279,7 @@ class FakeWork:
             self.done.append((op, stored))
             there = NOTHING if stored is None else stored.info.version
             if now is not None and now.kind is OpKind.PUT and now.id != op.id and now.ino:
-                self.pending[op.seq] = replace(now, expected=there, resume="")
+                self.pending[op.seq] = now._replace(expected=there, resume="")
             elif now is not None:
                 self._done(now, there)
                 file = self.files.get(now.key)
@@ -306,7 +306,7 @@ class FakeWork:
                 self._done(now, there)
             elif self.overwrite:
                 lineage, _, count = now.id.partition(".")
-                self.pending[op.seq] = replace(now, expected=there, id=f"{lineage}.{int(count) + 1}")
+                self.pending[op.seq] = now._replace(expected=there, id=f"{lineage}.{int(count) + 1}")
             else:
                 self.parking[op.seq] = "somebody else has changed the object"
         self.poke()

@@ -1,7 +1,6 @@
 """What may be sent when: tables for the rules, and the plan held against one look at everything."""
 
 import time
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -87,7 +86,7 @@ def test_differences_are_told_from_one_list_to_the_next() -> None:
     differences = Differences()
     assert differences.next([one, two]) == ([one, two], [])
     assert differences.next([one, two]) == ([], [])
-    edited = replace(two, since=9.0)
+    edited = two._replace(since=9.0)
     assert differences.next([edited, three]) == ([edited, three], [1])
     assert differences.next([]) == ([], [2, 3])
 
