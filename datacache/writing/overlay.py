@@ -172,6 +172,7 @@ class Overlay:
         self._running: dict[int, Quiet | None] = {}
         self._numbers: Iterator[int] = iter(())  # reserved in the catalogue
         self._rowless: set[int] = set()  # directories made here that the catalogue knows nothing of below
+        self._tried: set[int] = set()  # operations that may have taken effect, though nobody was told
         self._named: Counter[int] = Counter()  # nodes and operations of each landing file
         self._dispensable: set[int] = set()  # landing files that may have lost the last of them
         self._parked: dict[int, str] = {}
@@ -190,6 +191,7 @@ class Overlay:
             self._go_on(leases_tell)
         else:
             self._begin_anew()
+        self._tried.update(self._ops)  # an earlier process may have
         self._clean_up()
 
     def __repr__(self) -> str:
@@ -464,7 +466,7 @@ class Overlay:
         one."""
         op = self._ops.get(self._puts.get(node.ino, 0))
         closed = op is None or op.since > 0
-        before, running = self._supersede(batch, node.mount, node.key)
+        before, tried, mark = self._supersede(batch, node.mount, node.key)
         if before is None:
             before = node.origin.version if node.origin is not None else ANYTHING
         batch.put_node(new)
@@ -472,16 +474,17 @@ class Overlay:
         self._owe_put(batch, new, there, due=closed, barrier=closed)
         left = []
         for seq in self._deletes.get(node.ino, ()):  # of an earlier rename: they wait for the new name now
-            if seq not in self._running:
+            # That of the new name itself, where it has come back, was superseded by the PUT.
+            if seq not in self._running and self._ops[seq].key != new.key:
                 batch.drop_op(self._ops[seq])
                 left.append(self._ops[seq]._replace(seq=0))
-        if before == NOTHING and not running:
+        if before == NOTHING and not tried:
             return left
         directory = node.kind is Kind.DIRECTORY
         return [
             *left,
             Op(
-                0, _new_id(), OpKind.DELETE, node.ino, node.mount, node.key,
+                0, mark, OpKind.DELETE, node.ino, node.mount, node.key,
                 expected=ANYTHING if directory else before, barrier=directory, since=self._clock.wall(),
             )
         ]  # fmt: skip
@@ -491,7 +494,7 @@ class Overlay:
         ino, node = entry.ino, self._nodes.get(entry.ino)
         key = entry.key if node is None else node.key
         directory = entry.kind is Kind.DIRECTORY
-        before, running = self._supersede(batch, entry.mount, key)
+        before, tried, mark = self._supersede(batch, entry.mount, key)
         if before is None:
             before = ANYTHING if directory else entry.version
         for seq in self._deletes.get(ino, ()):  # what it was renamed from need not wait for it any more
@@ -503,41 +506,44 @@ class Overlay:
                 batch.drop_node(node)
         else:
             batch.drop_attributes(entry.mount, key)
-        if hide and (running or before != NOTHING):
+        if hide and (tried or before != NOTHING):
             batch.hide(Hidden(entry.parent, entry.name, entry.mount, key))
             batch.add_op(
                 Op(
-                    0, _new_id(), OpKind.DELETE, 0, entry.mount, key, barrier=directory,
+                    0, mark, OpKind.DELETE, 0, entry.mount, key, barrier=directory,
                     expected=ANYTHING if directory else before, since=self._clock.wall(),
                 )
             )  # fmt: skip
         return before
 
-    def _supersede(self, batch: "_Batch", mount: int, key: str) -> tuple[Expected | None, bool]:
+    def _supersede(self, batch: "_Batch", mount: int, key: str) -> tuple[Expected | None, bool, str]:
         """Nothing that the bucket was owed under a key is wanted any more: what it holds there, or will when
-        what is under way is done; None where nothing was owed. And whether something is under way."""
+        what is under way is done; None where nothing was owed. And whether some of that is under way, or may
+        have taken effect unheard; the id for what comes in its place is then of its lineage, by which the
+        uploader knows that effect for ours."""
         expected: Expected | None = None
-        running = False
+        tried, mark = False, _new_id()
         for seq in self._by_key.get((mount, key), ()):
             op = self._ops[seq]
             if (op.mount, op.key) != (mount, key):
                 continue  # it only reads what is there
             if expected is None:
                 expected = op.expected
+            if seq in self._tried:
+                tried, mark = True, _next_id(op.id)
             if seq in self._running:
-                running = True
                 batch.update_op(op._replace(ino=0))
                 batch.then(lambda op=op: self._edit(op))  # type: ignore[misc]
             else:
                 batch.drop_op(op)
-        return expected, running
+        return expected, tried, mark
 
     def _owe_put(
         self, batch: "_Batch", node: Node, there: Expected, *, due: bool, barrier: bool = False
     ) -> None:
         """Owe the bucket a node, in place of what it was owed under the key, where it holds `there`, as far
         as nothing else is known."""
-        before, _ = self._supersede(batch, node.mount, node.key)
+        before, _, mark = self._supersede(batch, node.mount, node.key)
         expected = there if before is None else before
         if node.kind is Kind.DIRECTORY:
             expected = ANYTHING
@@ -545,7 +551,7 @@ class Overlay:
             batch.show(node.mount, node.key)
         batch.add_op(
             Op(
-                0, _new_id(), OpKind.PUT, node.ino, node.mount, node.key, barrier, expected, node.landing,
+                0, mark, OpKind.PUT, node.ino, node.mount, node.key, barrier, expected, node.landing,
                 None if node.landing else node.origin, self._clock.wall() if due else 0.0,
             )
         )  # fmt: skip
@@ -898,6 +904,7 @@ class Overlay:
             if now is None or not now.since or now.seq in self._running or now.seq in self._parked:
                 return None
             self._running[now.seq] = None
+            self._tried.add(now.seq)
             return now
 
     def content(self, op: Op) -> Quiet | None:
@@ -1470,6 +1477,7 @@ class Overlay:
 
     def _unset_op(self, op: Op) -> None:
         before = self._ops.pop(op.seq, None)
+        self._tried.discard(op.seq)
         if before is not None:
             self._unlist(before)
             self._parked.pop(op.seq, None)

@@ -375,6 +375,11 @@ class FaultySink:
         with self._lock:
             self.script[operation].extend(faults)
 
+    def put_so_far(self) -> dict[str, int]:
+        """How often each journal id took effect."""
+        with self._lock:
+            return dict(self.effects)
+
     def asked(self, operation: str) -> int:
         return sum(name == operation for name, _ in self.calls)
 

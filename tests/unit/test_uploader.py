@@ -773,7 +773,7 @@ class Paying(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_put_twice(self) -> None:
-        assert all(count == 1 for count in self.sink.effects.values()), self.sink.effects
+        assert all(count == 1 for count in self.sink.put_so_far().values()), self.sink.effects
 
     def teardown(self) -> None:
         if self.uploader is None:
