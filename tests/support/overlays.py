@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datacache.cache.owner import Owner
@@ -35,6 +35,8 @@ class Place:
     root: Path
     bucket: MemorySource
     clock: VirtualClock
+    marks: dict[str, str] = field(default_factory=dict)
+    """By key: of which operation its object is; what is metadata in a real store."""
 
     @staticmethod
     def new() -> "Place":
@@ -161,11 +163,15 @@ class Mounted:
         except NotFound:
             return None
 
+    def is_ours(self, op: Op) -> bool:
+        """Whether what the bucket holds is from an earlier attempt, whose answer was lost with a process."""
+        return self.place.marks.get(op.key, "").partition(".")[0] == op.lineage
+
     def do(self, op: Op, *, stop: bool = False) -> None:
         bucket = self.place.bucket
         there = self.in_bucket(op.key)
         if op.kind is OpKind.DELETE:
-            if there is not None and op.expected not in (ANYTHING, there.version):
+            if there is not None and op.expected not in (ANYTHING, there.version) and not self.is_ours(op):
                 self.overlay.conflict(op, Stored(there, {}, "digest"))
                 return
             if there is not None:
@@ -184,7 +190,8 @@ class Mounted:
         if op.landing and (content is None or stop):
             self.overlay.stopped(op)
             return
-        if op.expected != ANYTHING and op.expected != (NOTHING if there is None else there.version):
+        wanted = op.expected in (ANYTHING, NOTHING if there is None else there.version)
+        if not wanted and not self.is_ours(op):
             self.overlay.conflict(op, None if there is None else Stored(there, {}, "digest"))
             return
         try:
@@ -198,6 +205,7 @@ class Mounted:
             self.overlay.stopped(op)
             return
         bucket.put(op.key, data)
+        self.place.marks[op.key] = op.id
         found = self.in_bucket(op.key)
         assert found is not None
         self.overlay.settled(op, Stored(found, self.overlay.metadata(op), "digest"), content)
