@@ -224,7 +224,7 @@ class Differences:
     """What changes from one list of all operations to the next.
 
     Operations are frozen values that whoever lists them keeps, so the same one is the same object: what is
-    compared is identity, a hundred thousand in some 10 ms.
+    compared is identity, a hundred thousand in a tenth of a second.
     """
 
     def __init__(self) -> None:

@@ -65,9 +65,9 @@ LISTED = 20
 """Operations that `stats` and `flush` name one by one."""
 SMALL = 1000
 """Operations up to which the plan is brought up to date whenever anything has changed."""
-PER_OPERATION = 4e-6
-"""Seconds for which, beyond, it is left as it is, per operation: comparing takes some 0.1 us each, so this
-makes it a few percent of one core."""
+PER_OPERATION = 2e-5
+"""Seconds for which, beyond, it is left as it is, per operation: comparing takes 1 us each, so this is a
+twentieth of one core. What is new waits 2 s behind a hundred thousand others, unless it is flushed."""
 _CHUNK = 1000  # changes of the plan, or so, under one hold of the lock: some ms
 
 
