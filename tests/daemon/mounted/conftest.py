@@ -26,6 +26,7 @@ from datacache.config.settings import (
     MountSettings,
     Settings,
     TierSettings,
+    WritingSettings,
 )
 from datacache.errors import ControlError
 from datacache.model import Dataset, Medium, MiB, MountPoint
@@ -190,6 +191,7 @@ def daemon(tmp_path: Path, bucket: Path, driver: str) -> Iterator[Start]:
         io: IO = IO.AUTO,
         directory: Path = tmp_path / "mnt",
         cache: Path = tmp_path / "cache",
+        writing: WritingSettings | None = None,
         start: bool = True,
     ) -> Daemon:
         directory.mkdir(exist_ok=True)
@@ -199,6 +201,7 @@ def daemon(tmp_path: Path, bucket: Path, driver: str) -> Iterator[Start]:
             runtime=str(tmp_path / "runtime"),
             cache=CacheSettings(tiers=(TierSettings(Medium.SSD, str(cache), 256 * MiB),)),
             index=index or IndexSettings(),
+            writing=writing or WritingSettings(),
             mount=replace(mount or MountSettings(), directory=str(directory), driver=driver, io=io),
         )
         one = Daemon(bucket, settings, log=tmp_path / "daemon.log")

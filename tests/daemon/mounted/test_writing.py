@@ -1,4 +1,5 @@
-"""A mount that can be written to, as programs see it: on both drivers, with and without passthrough."""
+"""A mount that can be written to, as programs see it: where the kernel writes the files itself, where it may
+not, and on the portable driver."""
 
 import contextlib
 import ctypes
@@ -6,18 +7,67 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from datacache.config.settings import MountSettings, WritingSettings
 from datacache.model import KiB, MiB
+from fuse import mountpoint
+from tests.daemon.mounted.conftest import Daemon, Start
+from tests.support.reading import until
 
 OLD = bytes(range(256)) * 300
 """What `old` and `d/inner` hold in the bucket."""
+
+
+WAYS = ("passthrough", "served", "pyfuse3")
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    if request.param != "pyfuse3" and not mountpoint.is_native("auto"):
+        pytest.skip("this kernel is older than Linux 6.9, where the native driver begins")
+    return str(request.param)
+
+
+@pytest.fixture
+def driver(way: str) -> str:
+    return "pyfuse3" if way == "pyfuse3" else "native"
+
+
+@pytest.fixture
+def one(daemon: Start, bucket: Path, way: str, tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon that is mounted read-write over a bucket with two files in it."""
+    put(bucket / "old", OLD)
+    (bucket / "d").mkdir()
+    put(bucket / "d" / "inner", OLD)
+    writing = WritingSettings(enabled=True, landing=str(tmp_path / "landing"))
+    one = daemon(mount=MountSettings(allow_other=True), writing=writing, start=way != "served")
+    if way != "served":
+        yield one
+        return
+    # Who may not register files with the kernel has to serve them: the mount is made by us.
+    one.via = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
+    descriptor = mountpoint.mount(str(one.directory), source="test", allow_other=True, writable=True)
+    one.start(descriptor=descriptor)
+    os.close(descriptor)
+    assert one.answer.get("ok"), one.answer
+    yield one
+    mountpoint.unmount(str(one.directory), lazy=True)
+
+
+@pytest.fixture
+def mnt(one: Daemon) -> Path:
+    """Where it is mounted."""
+    return one.directory
 
 
 def put(path: Path, data: bytes) -> None:
@@ -411,3 +461,115 @@ def test_programs(mnt: Path) -> None:
     (mnt / "out").mkdir()
     subprocess.run(["tar", "xf", mnt / "all.tar", "-C", mnt / "out"], check=True)
     assert (mnt / "out" / "d" / "inner").read_bytes() == OLD
+
+
+# ---- daemons that die ----------------------------------------------------------------------------
+
+
+def kill(one: Daemon) -> None:
+    """kill -9 of the daemon; its successor serves when this returns."""
+    before = one.status()["pid"]
+    os.kill(before, signal.SIGKILL)
+    until(lambda: (one.status_if_any() or {"pid": before})["pid"] != before)
+
+
+def in_bucket(one: Daemon, name: str, data: bytes) -> bool:
+    """Whether the bucket has it. Not through the mount."""
+    path = one.bucket / name
+    return path.exists() and path.read_bytes() == data
+
+
+def test_what_is_closed_reaches_the_bucket(one: Daemon, mnt: Path) -> None:
+    """Files, removals and renames; and what is still open for writing does not."""
+    put(mnt / "new", b"new")
+    with open(mnt / "open", "wb", buffering=0) as file:
+        file.write(b"half")
+        (mnt / "old").unlink()
+        os.rename(mnt / "d", mnt / "e")
+        until(lambda: in_bucket(one, "new", b"new"))
+        until(lambda: in_bucket(one, "e/inner", OLD))
+        until(lambda: not (one.bucket / "old").exists())
+        until(lambda: not (one.bucket / "d").exists() or not list((one.bucket / "d").iterdir()))
+        assert not (one.bucket / "open").exists()
+        assert one.status()["writing"]["dirty_open"] == 1
+        file.write(b" and half")
+    until(lambda: in_bucket(one, "open", b"half and half"))
+    assert (mnt / "open").read_bytes() == b"half and half"
+    assert (mnt / "new").read_bytes() == b"new"
+
+
+def test_writers_do_not_see_that_the_daemon_was_killed(one: Daemon, mnt: Path, way: str) -> None:
+    """kill -9 while files are open for writing: they are written, read, measured, truncated and closed as if
+    nothing had been, and then reach the bucket."""
+    if way == "pyfuse3":
+        pytest.skip("the portable driver has no successor")
+    with (
+        open(mnt / "new", "w+b", buffering=0) as new,
+        open(mnt / "old", "r+b", buffering=0) as old,
+        open(mnt / "gone", "w+b", buffering=0) as gone,
+        open(mnt / "d" / "inner", "rb", buffering=0) as reader,
+    ):
+        new.write(b"before ")
+        old.write(b"BEFORE")
+        gone.write(b"gone")
+        (mnt / "gone").unlink()
+        assert reader.read(5) == OLD[:5]
+        kill(one)
+        new.write(b"after")
+        assert os.pread(new.fileno(), 100, 0) == b"before after"
+        assert os.fstat(new.fileno()).st_size == 12
+        os.fsync(new.fileno())
+        assert (mnt / "new").read_bytes() == b"before after"
+        with open(mnt / "new", "ab", buffering=0) as another:
+            another.write(b"!")
+        assert (mnt / "new").read_bytes() == b"before after!"
+        old.truncate(10)
+        assert (mnt / "old").read_bytes() == b"BEFORE" + OLD[6:10]
+        assert os.pread(gone.fileno(), 10, 0) == b"gone"
+        assert not (mnt / "gone").exists()
+        assert reader.read(5) == OLD[5:10]
+        kill(one)
+        new.write(b"?")
+        assert not (one.bucket / "new").exists(), "it is still open"
+    until(lambda: in_bucket(one, "old", b"BEFORE" + OLD[6:10]))
+    until(lambda: (one.bucket / "new").exists())
+    assert (one.bucket / "new").read_bytes() == (mnt / "new").read_bytes()
+    assert not (one.bucket / "gone").exists()
+
+
+def test_names_that_are_changed_while_daemons_die(one: Daemon, mnt: Path, way: str) -> None:
+    """Each request is answered, and as if it had been done once."""
+    if way == "pyfuse3":
+        pytest.skip("the portable driver has no successor")
+    deaths = threading.Thread(target=lambda: [kill(one) for _ in range(3)])
+    deaths.start()
+    rounds = 0
+    while deaths.is_alive() or not rounds:
+        path = mnt / f"{rounds}"
+        path.mkdir()
+        fd = os.open(path / "file", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        os.write(fd, b"%d" % rounds)
+        os.close(fd)
+        os.rename(path / "file", path / "renamed")
+        assert (path / "renamed").read_bytes() == b"%d" % rounds
+        os.symlink("renamed", path / "link")
+        assert sorted(os.listdir(path)) == ["link", "renamed"]
+        (path / "link").unlink()
+        if rounds % 2:
+            (path / "renamed").unlink()
+            path.rmdir()
+        rounds += 1
+    deaths.join()
+    assert sorted(map(int, set(os.listdir(mnt)) - {"old", "d"})) == list(range(0, rounds, 2))
+
+
+def test_what_was_written_outlives_the_mount(daemon: Start, one: Daemon, mnt: Path, way: str) -> None:
+    """kill -9 of all processes, right after close: the next mount shows it, and uploads it."""
+    if way == "served":
+        pytest.skip("the mount is not the daemon's")
+    put(mnt / "new", b"closed")
+    one.kill()
+    mountpoint.unmount(str(mnt), lazy=True)
+    two = daemon(mount=one.settings.mount, writing=one.settings.writing)
+    assert (mnt / "new").read_bytes() == b"closed"
+    until(lambda: in_bucket(two, "new", b"closed"))
