@@ -26,6 +26,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -273,6 +274,21 @@ def _close_old_backings(device: "Device") -> None:
     ).start()
 
 
+def _is_passed_through(settings: Settings, descriptor: int) -> bool:
+    """Whether the kernel will write landing files itself: we may need a privilege for that, and the landing
+    zone another file system."""
+    from datacache.writing.opening import landing_directory
+    from fuse.connection import Device
+
+    device, directory = Device(descriptor), landing_directory(settings)
+    with contextlib.suppress(OSError):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            device.close(device.open(probe.fileno()))
+            return True
+    return False
+
+
 def serve_portably(settings: Settings, *, mounted: Callable[[], None]) -> None:
     """Mount by pyfuse3, call `mounted` when it answers, serve until the mount is gone, take all down."""
     if settings.mount.processes != 1:
@@ -318,12 +334,19 @@ def _built(
     from fuse.filesystem import FileSystem
 
     life = handed.life if handed is not None else 0
+    # Else we write, and writers are counted.
+    kernel_writes = (
+        handed is not None
+        and backings is not None
+        and settings.writing.enabled
+        and _is_passed_through(settings, handed.descriptor)
+    )
     with contextlib.ExitStack() as built:
         worker = built.enter_context(
             Worker(
                 settings, mount=settings.mount.directory, pid=handed.broker if handed is not None else None,
                 resumed=life > 0, index=handed.index if handed is not None else "",
-                passthrough=backings is not None,
+                passthrough=kernel_writes,
             )
         )  # fmt: skip
         offered = built.enter_context(contextlib.ExitStack())
@@ -338,7 +361,7 @@ def _built(
 
             files = WritableFileSystem(
                 worker.writing.overlay, worker.reader, settings.mount, tiers=tiers, backings=backings,
-                life=life, durability=settings.writing.durability,
+                life=life, durability=settings.writing.durability, counted=not kernel_writes,
             )  # fmt: skip
         built.callback(files.close)
         worker.attach("mount_files", files.stats)

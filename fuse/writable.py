@@ -160,9 +160,10 @@ class WritableFileSystem(FileSystem):
 
     def __init__(
         self, overlay: Overlay, reader: Any, settings: MountSettings, *,
-        durability: Durability = Durability.CLOSE, **more: Any,
+        durability: Durability = Durability.CLOSE, counted: bool | None = None, **more: Any,
     ) -> None:  # fmt: skip
-        """`more`: as of `FileSystem`."""
+        """`more`: as of `FileSystem`. `counted`: writers of earlier daemons are counted in the journal; None:
+        where nothing can be passed through. Where landing files can be, the kernel is asked who writes."""
         super().__init__(overlay, reader, settings, **more)
         self._overlay, self._durability = overlay, durability
         # Where nobody chose, the owner can write: who mounts read-write wants to.
@@ -179,6 +180,7 @@ class WritableFileSystem(FileSystem):
         self._owed: dict[int, float] = {}
         self._gone: set[int] = set()
         self._left = False
+        self._counted = self._backings is None if counted is None else counted
 
     def __repr__(self) -> str:
         return f"<WritableFileSystem {len(self._files)} files open, {self._nodes!r}>"
@@ -596,8 +598,7 @@ class WritableFileSystem(FileSystem):
         """A handle that an earlier daemon gave out is closed; it had been opened with `flags`."""
         self._written.drop(node)
         self._recovered.drop(node)
-        # Where the kernel itself writes, it is asked who does, and nobody is counted.
-        if self._backings is None and flags & os.O_ACCMODE != os.O_RDONLY:
+        if self._counted and flags & os.O_ACCMODE != os.O_RDONLY:
             self._overlay.released(nodes.path(node))
 
     # ---- the rest ----------------------------------------------------------------------------------
@@ -701,7 +702,11 @@ class WritableFileSystem(FileSystem):
         with file.opening:
             if file.opened is None:
                 ino = nodes.path(file.node)
-                file.opened = _Bytes(ino, self._overlay.open(ino, writing=writing), self._closed)
+                # Whose handle it is was counted by the daemon that gave it out, and is released once.
+                landed = self._overlay.open(ino, writing=writing and not self._counted)
+                file.opened = _Bytes(ino, landed, self._closed)
+                if writing and self._counted:
+                    _make_writable(landed)
             return file.opened
 
     @contextmanager
@@ -743,6 +748,13 @@ class WritableFileSystem(FileSystem):
             gid = found.gid if kept.gid is None else kept.gid
             found = found._replace(uid=uid, gid=gid)
         return found
+
+
+def _make_writable(file: LandedFile) -> None:
+    """Let a landing file be written without being counted as open for that."""
+    path, before = f"/proc/self/fd/{file.descriptor}", file.descriptor
+    file.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    os.close(before)
 
 
 def _to_write(file: _File) -> _Bytes:

@@ -245,14 +245,22 @@ class Overlay:
         below = self._index.children if node is None else self._index.known_children
         found: list[Entry] = []
         while not found:
+            # Looked at before and after: what is settled, or deleted, meanwhile is as it was before, and what
+            # is renamed as it is after; so nothing is left out, and nothing that is gone comes back.
+            ours, hidden = self._known_below(parent)
             page = below(parent, after=after, limit=limit)
             last = page[-1].ino if len(page) == limit else None
-            ours = self._names.get(parent, {})
-            hidden = self._hidden.get(parent, ())
-            mine = [self._nodes.get(ino) for ino in list(ours.values())]
-            found = [self._dressed(e) for e in page if e.name not in ours and e.key not in hidden]
-            for one in mine:
-                if one is not None and one.ino > after and (last is None or one.ino <= last):
+            now, hidden_now = self._known_below(parent)
+            ours.update(now)
+            hidden |= hidden_now
+            names_of_ours = {node.name for node in ours.values()}
+            found = [
+                self._dressed(e)
+                for e in page
+                if e.ino not in ours and e.name not in names_of_ours and e.key not in hidden
+            ]
+            for one in ours.values():
+                if one.ino > after and (last is None or one.ino <= last):
                     with suppress(NoSuchPath):
                         found.append(self._entry_of(one))
             if last is None:
@@ -260,6 +268,12 @@ class Overlay:
             after = last
         found.sort(key=lambda entry: entry.ino)
         return found[:limit]
+
+    def _known_below(self, parent: int) -> tuple[dict[int, Node], set[str]]:
+        """Nodes of a directory by number, and keys that are hidden in it."""
+        inos = list(self._names.get(parent, {}).values())
+        nodes = {ino: node for ino in inos if (node := self._nodes.get(ino)) is not None}
+        return nodes, set(self._hidden.get(parent, ()))
 
     def fresh_for(self, parent: int) -> float:
         return 0.0 if parent in self._nodes else self._index.fresh_for(parent)
@@ -293,8 +307,19 @@ class Overlay:
         node = self._nodes.get(entry.ino)
         if node is not None and node.generation == entry.generation:
             return node.attributes
+        if not self._kept_attributes:
+            return _DEFAULT
         found = self._clean_attributes(entry.mount, entry.key)
-        return found[2] if found is not None and found[0] == _token(entry) else _DEFAULT
+        if found is not None and found[0] == _token(entry):
+            return found[2]
+        # It may have been settled since: another version and key, but the same generation.
+        with suppress(NoSuchPath):
+            now = self._index.entry(entry.ino)
+            if now.generation == entry.generation and (now.version, now.key) != (entry.version, entry.key):
+                found = self._clean_attributes(now.mount, now.key)
+                if found is not None and found[0] == _token(now):
+                    return found[2]
+        return _DEFAULT
 
     def key_of(self, entry: Entry) -> str:
         """The key under which a path is in the bucket, or will be."""

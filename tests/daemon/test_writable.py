@@ -589,6 +589,8 @@ def test_handles_of_an_earlier_daemon_work_by_their_node(begin: Maker, passthrou
     assert refused(it.files.write, handle, 0, b"x", node=it.node("old")) == errno.EBADF
     assert it.content("new") == b"data m\0"
     reading = it.files.open(it.node("new"), RO)
+    if not passthrough:
+        assert it.writers == {nodes.path(node): 1}, "writing by the node is not another writer"
     it.files.released(node, WO)
     if not passthrough:
         assert not it.writers, "who only reads does not count"
