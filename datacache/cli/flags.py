@@ -108,8 +108,6 @@ WRITING = (
     Flag("conflict", "HOW", "somebody else has changed the object meanwhile: keep-both (ours beside it), "
          "overwrite, or fail; default keep-both"),
     Flag("landing-reserve", "FRACTION", "of the landing zone's file system that is left free; default 0.05"),
-    Flag("upload-mode", "MODE", "close(2) returns when it is durable here (async) or in the bucket (sync); "
-         "default async"),
     Flag("upload-order", "ORDER", "free, or closes: files reach the bucket in the order of their closes; "
          "default free"),
     Flag("upload-delay", "DURATION", "after a close before the upload begins; default 0s"),

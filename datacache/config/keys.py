@@ -23,7 +23,6 @@ from datacache.config.settings import (
     Fill,
     Placement,
     Policy,
-    UploadMode,
     UploadOrder,
 )  # fmt: skip
 from datacache.model import GiB, KiB, Medium, MiB, TiB, parse_duration, parse_size
@@ -258,7 +257,6 @@ KEYS: Mapping[str, Key] = {
         Key("durability", "writing.durability", _choice(Durability, Durability)),
         Key("conflict", "writing.conflict", _choice(Conflict, Conflict)),
         Key("landing-reserve", "writing.reserve", _fraction(0, 0.9)),
-        Key("upload-mode", "upload.mode", _choice(UploadMode, UploadMode)),
         Key("upload-order", "upload.order", _choice(UploadOrder, UploadOrder)),
         Key("upload-delay", "upload.delay", _duration(0, 7 * 86400)),
         Key("upload-bandwidth", "upload.bandwidth", _size(0, 1 * TiB)),

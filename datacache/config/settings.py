@@ -150,15 +150,6 @@ class Durability(enum.StrEnum):
     """When fsync(2) has."""
 
 
-class UploadMode(enum.StrEnum):
-    """When close(2) returns."""
-
-    ASYNC = "async"
-    """When what was written is durable here; the bucket has it later."""
-    SYNC = "sync"
-    """When the bucket has it."""
-
-
 class UploadOrder(enum.StrEnum):
     """In which order files reach the bucket."""
 
@@ -183,8 +174,6 @@ class Conflict(enum.StrEnum):
 class UploadSettings:
     """How what was written reaches the bucket."""
 
-    mode: UploadMode = UploadMode.ASYNC
-    """When close(2) returns."""
     order: UploadOrder = UploadOrder.FREE
     """In which order files reach the bucket."""
     delay: float = 0.0
@@ -287,6 +276,6 @@ class Settings:
 
 __all__ = [
     "IO", "CacheSettings", "Conflict", "Consistency", "Durability", "Fill", "IndexSettings", "MountSettings",
-    "Placement", "Policy", "ReadingSettings", "Settings", "SourceSettings", "TierSettings", "UploadMode",
+    "Placement", "Policy", "ReadingSettings", "Settings", "SourceSettings", "TierSettings",
     "UploadOrder", "UploadSettings", "WritingSettings",
 ]  # fmt: skip

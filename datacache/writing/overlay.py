@@ -66,6 +66,8 @@ _log = logging.getLogger(__name__)
 
 DISPENSABLE = 256
 """Landing files that wait at most for the journal to be synced, before they are removed."""
+LANDED_FIRST = 3
+"""Times that files are landed before a rename, where others give their objects away meanwhile."""
 RESERVED = 1000
 """Numbers of paths that are taken from the catalogue at once: each time is a transaction of it."""
 RENAMED_MAX = 100_000
@@ -426,12 +428,21 @@ class Overlay:
             top = self._known(*place)
             if top is not None and top.kind is Kind.DIRECTORY:
                 self._list_below(top)
+        for _ in range(LANDED_FIRST):
+            found = self._known(parent, name)
+            threatened = [] if found is None else self._threatened(found)
+            if not threatened:
+                break
+            for ino in threatened:
+                self.land(ino)
         with self._lock:
             entry = self._there(parent, name)
             self._writable(parent)
             target = self._known(new_parent, new_name)
             if target is not None and target.ino == entry.ino:
                 return
+            if self._threatened(entry):
+                raise VersionChanged("others rename the same files all the time")
             if entry.ino in self._roots or (target is not None and target.ino in self._roots):
                 raise NotHere("a mount point of the data set cannot be renamed")
             mount, key = self._key(new_parent, new_name, entry.kind)
@@ -447,6 +458,24 @@ class Overlay:
             self._rename(entry, target, new_parent, new_name, key)
             self._keep_directory(parent)
         self._uploads.poke()
+
+    def _threatened(self, top: Entry) -> list[int]:
+        """Of what is renamed, the files whose bytes are an object that the bucket is to overwrite already:
+        what is owed after that would find it gone (`mv a t; mv b a; mv t b`)."""
+        found = []
+        below = [top]
+        while below:
+            entry = below.pop()
+            node = self._nodes.get(entry.ino)
+            if entry.kind is Kind.DIRECTORY:
+                below += self._known_children(entry.ino)
+            elif node is not None and node.origin is not None and not node.landing:
+                own = self._puts.get(node.ino)
+                at = (node.mount, node.origin.key)
+                ops = [self._ops[seq] for seq in self._by_key.get(at, ()) if seq != own]
+                if any(op.kind is OpKind.PUT and op.key == node.origin.key for op in ops):
+                    found.append(entry.ino)
+        return found
 
     def _check_replaced(self, entry: Entry, target: Entry, may_be: bool) -> None:
         if not may_be:

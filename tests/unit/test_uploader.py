@@ -792,7 +792,9 @@ class Paying(RuleBasedStateMachine):
 TestPaying = pytest.mark.filterwarnings(
     "ignore:(?s)Exception in thread upload.*SystemExit:pytest.PytestUnhandledThreadExceptionWarning"
 )(Paying.TestCase)
-TestPaying.settings = hypothesis_settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestPaying.settings = hypothesis_settings(
+    derandomize=True, max_examples=40, stateful_step_count=30, deadline=None
+)
 
 
 @pytest.fixture(autouse=True)

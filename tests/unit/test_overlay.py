@@ -1,0 +1,36 @@
+"""What the state machine of the write path would meet too rarely."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.overlays import Mounted, Place
+
+
+@pytest.fixture
+def mounted() -> Iterator[Mounted]:
+    """A bucket with `a` and `b`, mounted."""
+    place = Place.new()
+    for key in "ab":
+        place.bucket.put(key, key.encode())
+    one = Mounted(place)
+    yield one
+    one.close()
+    place.remove()
+
+
+def rename(mounted: Mounted, old: str, new: str) -> None:
+    mounted.overlay.rename(*mounted.at(old), *mounted.at(new), replace=True)
+
+
+@pytest.mark.parametrize("paid", [False, True])
+def test_clean_files_can_be_swapped(mounted: Mounted, paid: bool) -> None:
+    """By three renames, of which the second would take away what the third has to be made of."""
+    for old, new in (("/a", "/t"), ("/b", "/a"), ("/t", "/b")):
+        rename(mounted, old, new)
+        if paid:
+            mounted.drain()
+    assert mounted.tree() == {"/a": b"b", "/b": b"a"}
+    mounted.drain()
+    assert mounted.tree() == {"/a": b"b", "/b": b"a"}
+    assert not mounted.overlay.ops()
