@@ -104,7 +104,7 @@ def test_the_page_of_operations_has_each_figure_of_the_status(worker: Worker) ->
     ]
     nested = {line.split("`")[1].strip("[]"): line.split("|")[2] for line in table.splitlines()}
     status = ask(worker, "GET", "/v1/status")[1]
-    assert {key for row in rows for key in row} - {"mount_requests", "mount_files"} == set(status)
+    assert {key for row in rows for key in row} - {"mount_requests", "mount_files", "writing"} == set(status)
     for key in ("index", "tiers", "reads", "sources", "mounts"):
         part = status[key][0] if isinstance(status[key], list) else status[key]
         assert set(part) <= set(re.findall(r"`(\w+)`", nested[key])), key

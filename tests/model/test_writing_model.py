@@ -12,7 +12,13 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from datacache.errors import DatacacheError
 from datacache.model import ByteRange, Kind
@@ -284,7 +290,12 @@ SETTINGS = settings(
     phases=(Phase.generate,),  # a counterexample takes minutes to shrink, and seconds to understand
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip
+
+
+def test_deaths_leave_before_or_after() -> None:
+    """A process that dies in the middle of an operation leaves what was before it, or what comes after it."""
+    run_state_machine_as_test(DyingMachine, settings=SETTINGS)
+
+
 TestWriting = WritingMachine.TestCase
 TestWriting.settings = SETTINGS
-TestDying = DyingMachine.TestCase
-TestDying.settings = SETTINGS

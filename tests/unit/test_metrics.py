@@ -32,6 +32,10 @@ STATUS = {
     ],
     "mount_requests": {"lookup": 30, "open": 10},
     "loads": [{"state": "running"}, {"state": "done"}],
+    "writing": {
+        "dirty_files": 4, "dirty_bytes": 400, "dirty_due": 3, "landing_free": 9000, "dirty_conflicts": 1,
+        "uploads": {"uploads": 12, "bytes": 1200, "failures": 2},
+    },
 }  # fmt: skip
 
 
@@ -91,6 +95,14 @@ def test_every_figure_is_that_of_the_status() -> None:
         'datacache_source_breaker_open{source="s3://b"}': 1,
         'datacache_mount_requests_total{request="lookup"}': 30,
         'datacache_mount_requests_total{request="open"}': 10,
+        "datacache_dirty_files": 4,
+        "datacache_dirty_bytes": 400,
+        "datacache_owed_operations": 3,
+        "datacache_landing_free_bytes": 9000,
+        "datacache_uploads_total": 12,
+        "datacache_uploaded_bytes_total": 1200,
+        "datacache_upload_failures_total": 2,
+        "datacache_write_conflicts_total": 1,
         "datacache_loads_running": 1,
     }
 

@@ -25,7 +25,8 @@ def rename(mounted: Mounted, old: str, new: str) -> None:
 
 @pytest.mark.parametrize("paid", [False, True])
 def test_clean_files_can_be_swapped(mounted: Mounted, paid: bool) -> None:
-    """By three renames, of which the second would take away what the third has to be made of."""
+    """Clean files that are swapped by renames keep their bytes, here and in the bucket. The second rename
+    would take away what the third has to be made of."""
     for old, new in (("/a", "/t"), ("/b", "/a"), ("/t", "/b")):
         rename(mounted, old, new)
         if paid:

@@ -188,7 +188,9 @@ def test_what_was_only_measured_is_counted(bench: Bench) -> None:
 
 @pytest.mark.parametrize("error", [UNREACHABLE, WrongBytes("cut off"), VersionChanged("by ourselves")])
 def test_a_lost_answer_is_settled_by_asking(bench: Bench, logs: AnnouncedLogs, error: Exception) -> None:
-    """A put that took effect is not made again, whatever was said of it; but after wrong bytes what is there
+    """A put whose answer was lost is settled by asking the store, and has one effect.
+
+    A put that took effect is not made again, whatever was said of it; but after wrong bytes what is there
     is not believed."""
     logs.expect("uploads to memory://test do not get through")
     logs.expect("is tried again")

@@ -87,7 +87,7 @@ def error_of(call: Callable[..., object], *args: object) -> int:
 
 
 def test_what_is_written_is_read_at_once(mnt: Path) -> None:
-    """Through other descriptors, by `stat`, while it is open and after it is closed."""
+    """What is written is read at once, by whoever has the file open. By `stat`, too, and after the close."""
     path = mnt / "new"
     with open(path, "wb", buffering=0) as file:
         for i in range(1, 20):
@@ -481,7 +481,7 @@ def in_bucket(one: Daemon, name: str, data: bytes) -> bool:
 
 
 def test_what_is_closed_reaches_the_bucket(one: Daemon, mnt: Path) -> None:
-    """Files, removals and renames; and what is still open for writing does not."""
+    """Files, removals and renames. What is still open for writing does not reach the bucket."""
     put(mnt / "new", b"new")
     with open(mnt / "open", "wb", buffering=0) as file:
         file.write(b"half")
@@ -565,7 +565,7 @@ def test_names_that_are_changed_while_daemons_die(one: Daemon, mnt: Path, way: s
 
 
 def test_what_was_written_outlives_the_mount(daemon: Start, one: Daemon, mnt: Path, way: str) -> None:
-    """kill -9 of all processes, right after close: the next mount shows it, and uploads it."""
+    """What was closed before all processes were killed is shown, and uploaded, by the next mount."""
     if way == "served":
         pytest.skip("the mount is not the daemon's")
     put(mnt / "new", b"closed")
