@@ -68,6 +68,8 @@ DISPENSABLE = 256
 """Landing files that wait at most for the journal to be synced, before they are removed."""
 LANDED_FIRST = 3
 """Times that files are landed before a rename, where others give their objects away meanwhile."""
+OURS_FRESH = 10.0
+"""Seconds for which names in a directory that the bucket does not have yet may be believed: it soon has."""
 RESERVED = 1000
 """Numbers of paths that are taken from the catalogue at once: each time is a transaction of it."""
 RENAMED_MAX = 100_000
@@ -278,7 +280,8 @@ class Overlay:
         return nodes, set(self._hidden.get(parent, ()))
 
     def fresh_for(self, parent: int) -> float:
-        return 0.0 if parent in self._nodes else self._index.fresh_for(parent)
+        # What is in a directory that the bucket does not have yet changes by us only.
+        return OURS_FRESH if parent in self._nodes else self._index.fresh_for(parent)
 
     def resolve(self, path: str) -> Entry:
         return walking.resolve(self, path)
