@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from datacache.config.settings import IO, MountSettings, Settings
+from datacache.config.settings import IO, MountSettings, Settings, WritingSettings
 from datacache.errors import MountError, SettingError
 from datacache.model import Dataset, MountPoint
 from fuse import broker
@@ -59,6 +59,12 @@ def test_what_does_not_change_the_mount_may_be_upgraded(settings: Settings) -> N
     )
     broker._check_upgrade(settings, other)
     broker._check_upgrade(settings, settings)
+    for now, then, name in (
+        (WritingSettings(), WritingSettings(enabled=True), "rw"),
+        (WritingSettings(landing="/one"), WritingSettings(landing="/two"), "landing"),
+    ):
+        with pytest.raises(MountError, match=f"cannot change {name}; unmount"):
+            broker._check_upgrade(replace(settings, writing=now), replace(settings, writing=then))
     for name in broker.FIXED:
         changed = replace(settings.mount, **{name: not getattr(settings.mount, name)})
         with pytest.raises(MountError, match=f"cannot change {name}; unmount"):
@@ -128,3 +134,12 @@ def test_an_upgrade_that_is_not_answered_is_an_error(tmp_path: Path, answer: byt
         with pytest.raises(MountError, match=says):
             broker.ask_for_upgrade(control, None, timeout=PATIENCE)
         thread.join()
+
+
+def test_a_landing_zone_is_not_mounted_over(settings: Settings) -> None:
+    """It is one of the directories that are in use, where it is chosen and something is written."""
+    before = broker.places(settings)
+    assert settings.state in before
+    writing = WritingSettings(enabled=True, landing="/landing")
+    assert broker.places(replace(settings, writing=writing)) == [*before, "/landing"]
+    assert broker.places(replace(settings, writing=replace(writing, enabled=False))) == before

@@ -55,6 +55,30 @@ def test_another_version_is_another_node() -> None:
         known.check(old, entry(7, 1))
 
 
+def test_a_version_that_is_written_has_one_node() -> None:
+    """Whatever turn its lookups were told of before, and however it is open: never refused for its mode."""
+    known, written = Nodes(passthrough=True), entry(7, 1)
+    old = known.node(entry(7, 0))
+    with pytest.raises(Stale):
+        known.check(old, written)
+    node = known.node(written, sole=True)
+    assert nodes.read(node).turn == 0
+    with pytest.raises(Stale):
+        known.check(old, written, sole=True)
+    known.check(node, written, sole=True)
+    assert known.node(written, sole=True) == node
+    assert known.open(node, written, sole=True) is None
+    assert known.open(node, written, A, sole=True) is None, "it stays served"
+    known.close(node)
+    known.close(node)
+    assert known.open(node, written, A, sole=True) == A
+    assert known.open(node, written, sole=True) == A
+    later = Nodes(life=1, passthrough=True)
+    with pytest.raises(Stale):
+        later.open(node, written, A, sole=True)
+    assert later.node(written, sole=True) != node
+
+
 @given(st.integers(0, 10**9), st.integers(0, 2**GENERATION_BITS - 1))
 def test_the_generation_is_told_from_its_last_bits(newest: int, behind: int) -> None:
     """Of a path whose newest is known, the number names one of the last 4,096."""
