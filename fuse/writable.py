@@ -516,7 +516,30 @@ class WritableFileSystem(FileSystem):
         if handle not in self._files and node and self._is_landed(node):
             with suppress(VersionChanged), self._recovered.use(node, self._entry) as file:
                 return self._by_node(file, writing=False).read(offset, size)
-        return super().read(handle, offset, size, node)
+        try:
+            return super().read(handle, offset, size, node)
+        except VersionChanged:
+            moved = self._moved(handle)
+            if moved is None:
+                raise
+        opened = self._reader.open(moved)
+        try:
+            return opened.read(offset, size)
+        finally:
+            opened.close()
+
+    def _moved(self, handle: int) -> Entry | None:
+        """The object that has the bytes of an open file by now, where another had them at its open: it was
+        renamed, and the bucket has done that since."""
+        file = self._files.get(handle)
+        if file is None:
+            return None
+        before = file.entry
+        with suppress(NoSuchPath):
+            now = self._overlay.entry(before.ino, before.generation)
+            if now.size == before.size and now.key != before.key:
+                return now
+        return None
 
     def write(self, handle: int, offset: int, data: Buffer, *, node: int = 0, kill: bool = False) -> int:
         """Write at `offset`, also for who appends: the kernel knows the end, for nobody else writes, and what
