@@ -291,7 +291,9 @@ class Worker:
 
     def flush(self, path: str, *, timeout: float) -> dict[str, Any]:
         if self.writing is None:
-            raise ControlError("the data set is mounted read-only: there is nothing to flush")
+            raise ControlError(
+                f"{path}: mounted read-only, so there is nothing to flush; --rw lets it be written"
+            )
         top = self.index.resolve(path)
         where = None if top.ino == ROOT else self.index.path(top.ino)
         return self.writing.flush(top if where is not None else None, timeout=timeout)

@@ -63,10 +63,6 @@ from fuse.nodes import Stale
 OWED = 30.0
 """Seconds after which a file that was landed for a writer who never came back is called closed."""
 
-LANDED_FRESH = 1.0
-"""Seconds for which the kernel may believe the attributes of a landed file: sizes and times it asks for again
-after each write of its own, passed through or not, and all writes are its own."""
-
 FREE_FILES = 1 << 20
 """How many files more statfs says there is room for; a bucket knows no limit."""
 
@@ -767,7 +763,7 @@ class WritableFileSystem(FileSystem):
         landed, kept = self._overlay.landed(entry.ino), self._overlay.attributes(entry)
         found = super()._attributes(entry, fresh, node or self._nodes.node(entry, sole=landed))
         if landed:
-            found = found._replace(attr_timeout=min(found.attr_timeout, LANDED_FRESH))
+            found = found._replace(attr_timeout=0.0)
         if kept.mode is not None:
             found = found._replace(mode=stat.S_IFMT(found.mode) | kept.mode)
         if kept.uid is not None or kept.gid is not None:

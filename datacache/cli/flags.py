@@ -76,8 +76,8 @@ STORE = (
 MOUNT = (
     Flag("uid", "USER", "owner of all files, by number or name; default: who mounts"),
     Flag("gid", "GROUP", "group of all files, by number or name; default: that of who mounts"),
-    Flag("file-mode", "MODE", "permission bits of files, in octal; default 0444"),
-    Flag("dir-mode", "MODE", "permission bits of directories, in octal; default 0555"),
+    Flag("file-mode", "MODE", "permission bits of files, in octal; default 0444, with --rw 0644"),
+    Flag("dir-mode", "MODE", "permission bits of directories, in octal; default 0555, with --rw 0755"),
     Flag("allow-other", "", "let other users in; who is not root needs user_allow_other in /etc/fuse.conf"),
     Flag("entry-timeout", "DURATION", "how long the kernel believes a name; default: the rest of the TTL, "
          "for ever with --snapshot"),

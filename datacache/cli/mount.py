@@ -52,6 +52,7 @@ examples:
   datacache mount s3://a/x=/train oss://b/y=/val /mnt/data
   datacache mount https://host/data/ /mnt/data --foreground
   datacache mount --config /etc/datacache/imagenet.yaml /mnt/imagenet
+  datacache mount --rw s3://bucket/results /mnt/results --landing /mnt/nvme/landing
 
 Returns 0 only when the mount answers. Mounting what is mounted there already is no error.
 """
@@ -319,6 +320,12 @@ def _already(settings: "Settings") -> int | None:
     uris = [dataset.manifest] if dataset.manifest else [point.uri for point in dataset.mounts]
     shown = targets.Place(worker, "/").control(timeout=ANSWER_TIMEOUT).status()
     if (worker.dataset, worker.uris, shown["snapshot"]) == (dataset.name, uris, settings.index.snapshot):
+        if ("writing" in shown) != settings.writing.enabled:
+            how, wanted = ("read-only", "with") if settings.writing.enabled else ("with --rw", "without")
+            raise MountError(
+                f"{directory}: {dataset.name} is mounted there {how} (process {worker.pid}); "
+                f"`datacache umount {directory}` first, to mount it {wanted} --rw"
+            )
         _say(f"{directory}: {dataset.name} is mounted there already (process {worker.pid})")
         return 0
     raise MountError(

@@ -151,6 +151,6 @@ def _short(name: str, value: Any) -> str:
         return f"{value:.1%}"
     if number and ("bytes" in name or name.startswith("memory")):
         return format_size(value)
-    if number and name.endswith(("uptime", "seconds")):
+    if number and name.endswith(("uptime", "seconds", "oldest")):
         return span(value)
     return printable(f"{value:g}" if isinstance(value, float) else str(value))

@@ -139,7 +139,7 @@ METRICS: tuple[Figure, ...] = (
     Figure("datacache_owed_operations", "gauge", "Puts and deletes that the bucket is owed.", (),
            _at("writing", "dirty_due")),
     Figure("datacache_landing_free_bytes", "gauge", "Bytes that may still be written to the landing zone.",
-           (), _at("writing", "landing_free")),
+           (), _at("writing", "landing_free_bytes")),
     Figure("datacache_uploads_total", "counter", "Objects put.", (),
            _at("writing", "uploads", "uploads")),
     Figure("datacache_uploaded_bytes_total", "counter", "Bytes of these.", (),

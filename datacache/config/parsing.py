@@ -493,15 +493,18 @@ def _check_together(values: dict[str, dict[str, Any]], given: Mapping[str, _Give
 
 def _check_writable(values: dict[str, dict[str, Any]], given: Mapping[str, _Given]) -> None:
     """What cannot be with `rw`; and modes with which somebody can write."""
-    rw = given["rw"].name
+    rw, mount = given["rw"].name, values.setdefault("mount", {})
     for key in ("snapshot", "manifest"):
         if key in given:
-            raise SettingError(rw, "true", f"no {given[key].name}: what is pinned cannot be written")
+            raise SettingError(
+                given[key].name, given[key].value, f"none, with {rw}: what is pinned cannot be written"
+            )
     if values.get("index", {}).get("consistency") is Consistency.IMMUTABLE:
-        raise SettingError(rw, "true", "consistency revalidate: what is immutable cannot be written")
-    mount = values.setdefault("mount", {})
+        expected = f"revalidate, with {rw}: what is immutable cannot be written"
+        raise SettingError(given["consistency"].name, "immutable", expected)
     if mount.get("io") is IO.PAGECACHE:
-        raise SettingError(given["io"].name, "pagecache", f"another one, with {rw}: opens must be asked for")
+        expected = f"auto, passthrough or served, with {rw}: the kernel would not ask before it opens a file"
+        raise SettingError(given["io"].name, "pagecache", expected)
     if mount.get("processes", 1) != 1:
         raise SettingError(given["processes"].name, mount["processes"], f"1, with {rw}")
     mount.setdefault("file_mode", 0o644)

@@ -15,7 +15,7 @@ from datacache.cache.owner import Owner
 from datacache.cache.tier import Lent, Tier
 from datacache.clock import Clock
 from datacache.config.settings import Settings
-from datacache.errors import CacheError, LandingBroken, SettingError
+from datacache.errors import CacheError, LandingBroken, Locked, SettingError
 from datacache.index.live import LiveIndex
 from datacache.model import Buffer, CacheKey, Dataset, Entry, Kind, MiB, MountPoint
 from datacache.sources.sink import Sink
@@ -71,9 +71,13 @@ class Writing:
         room = self.landing.room()
         return {
             "landing": self.landing.directory,
-            "landing_total": room.total,
-            "landing_free": room.free,
-            **{f"dirty_{name}": value for name, value in asdict(self.overlay.dirty()).items()},
+            "landing_total_bytes": room.total,
+            "landing_free_bytes": room.free,
+            **{
+                f"dirty_{name}": value
+                for name, value in asdict(self.overlay.dirty()).items()
+                if name != "oldest"
+            },
             "parked": list(self.overlay.parked().values())[:20],
             "uploads": self.uploader.status(),
         }
@@ -99,8 +103,18 @@ def open_writing(
 ) -> Iterator[Writing]:
     """The write path of `settings`, until the block is left. Raises Locked, LandingError, SettingError."""
     directory = landing_directory(settings)
+    _check_place(directory, [sink.uri for sink in sinks])
     with ExitStack() as built:
-        landing = Landing(directory, owner, reserve=settings.writing.reserve)
+        try:
+            landing = Landing(directory, owner, reserve=settings.writing.reserve)
+        except Locked as taken:
+            where = f", mounted at {taken.mount}" if taken.mount else ""
+            expected = f"one that nobody uses; process {taken.pid} does{where}"
+            raise SettingError("--landing", directory, expected) from taken
+        except LandingBroken as broken:
+            raise SettingError(
+                "--landing", directory, f"a directory, or one that can be made ({broken})"
+            ) from broken
         built.callback(landing.close)
         journal = Journal(landing.journal)
         built.callback(journal.close)
@@ -109,7 +123,8 @@ def open_writing(
         overlay = Overlay(
             index, journal, landing, clock=clock, bring=copies.bring, keep=copies.keep,
             roots=[index.resolve(point.path).ino for point in settings.dataset.mounts],
-            conflict=settings.writing.conflict, host=socket.gethostname().partition(".")[0],
+            any_bytes=all(sink.uri.startswith("file:") for sink in sinks), conflict=settings.writing.conflict,
+            host=socket.gethostname().partition(".")[0],
             resumed=resumed, leases_tell=leases_tell,
         )  # fmt: skip
         built.callback(overlay.close)
@@ -119,12 +134,22 @@ def open_writing(
         yield Writing(landing, journal, overlay, uploader)
 
 
+def _check_place(directory: str, uris: Sequence[str]) -> None:
+    """What lands must not lie in what is shown, nor the other way round."""
+    own = os.path.realpath(directory)
+    for uri in uris:
+        if uri.startswith("file://"):
+            store = os.path.realpath(uri.removeprefix("file://").partition("?")[0])
+            if os.path.commonpath((own, store)) in (own, store):
+                raise SettingError("--landing", directory, f"a directory neither in nor above {uri}")
+
+
 def _check_owed(journal: Journal, directory: str, dataset: Dataset, uris: list[str]) -> None:
     """A landing zone is of one data set as long as it owes its buckets something."""
     known = journal.meta().get("stores")
     if known is not None and json.loads(known) != uris and (journal.ops() or journal.nodes()):
         raise SettingError(
-            "landing",
+            "--landing",
             directory,
             f"one with nothing for another data set in it; it holds what was written to "
             f"{', '.join(json.loads(known))}: `datacache recover {directory}` uploads that",

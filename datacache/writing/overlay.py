@@ -151,17 +151,20 @@ class Overlay:
         bring: Bring,
         keep: Keep,
         roots: Sequence[int],
+        any_bytes: bool = True,
         conflict: Conflict = Conflict.KEEP_BOTH,
         host: str = "",
         resumed: bool = False,
         leases_tell: bool = False,
     ) -> None:
-        """`roots`: the `ino` of each mount point, in order. `host` is in the names of conflict files.
+        """`any_bytes`: the stores have keys that are no UTF-8, too.
+
+        `roots`: the `ino` of each mount point, in order. `host` is in the names of conflict files.
         `resumed`: an earlier daemon served this mount, so numbers in the journal are in use. `leases_tell`:
         all writers are the kernel's own (passthrough), so leases tell of those that an earlier daemon had."""
         self._index, self._journal, self._landing, self._clock = index, journal, landing, clock
         self._bring, self._keep, self._roots = bring, keep, tuple(roots)
-        self._policy, self._host = conflict, host
+        self._policy, self._host, self._any_bytes = conflict, host, any_bytes
         self._uploads: Uploads = _NoUploads()
         self._lock = threading.RLock()
         # Changed under the lock.
@@ -1254,7 +1257,7 @@ class Overlay:
         """Mount point and key of a name. Raises NotHere, NotADirectory."""
         directory = self._writable(parent)
         segment = names.original(name)
-        if segment is None or names.shown(segment) != name:
+        if segment is None or names.shown(segment) != name or not (self._any_bytes or _is_text(segment)):
             raise NotHere(f"no object can be shown as {names.to_text(name)!r} (docs/names.md)")
         key = self._own_key(directory) + segment + "/" * (kind is Kind.DIRECTORY)
         if len(names.to_bytes(key)) > KEY_MAX:
@@ -1623,6 +1626,10 @@ class _Batch:
         """Remove a landing file that nobody names any more, in the end."""
         if landing:
             self._overlay._dispensable.add(landing)
+
+
+def _is_text(segment: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in segment)
 
 
 def _token(entry: Entry) -> str:

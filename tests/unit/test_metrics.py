@@ -33,7 +33,8 @@ STATUS = {
     "mount_requests": {"lookup": 30, "open": 10},
     "loads": [{"state": "running"}, {"state": "done"}],
     "writing": {
-        "dirty_files": 4, "dirty_bytes": 400, "dirty_due": 3, "landing_free": 9000, "dirty_conflicts": 1,
+        "dirty_files": 4, "dirty_bytes": 400, "dirty_due": 3, "dirty_conflicts": 1,
+        "landing_free_bytes": 9000,
         "uploads": {"uploads": 12, "bytes": 1200, "failures": 2},
     },
 }  # fmt: skip
