@@ -28,6 +28,9 @@ from datacache.writing.steps import step
 FORMAT = 1
 """`PRAGMA user_version`; another one is another format (docs/on-disk-format.md)."""
 
+RESERVED = 4 << 20
+"""Bytes of the disk that are taken ahead, twice: for the WAL, and for the database."""
+
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE nodes (
@@ -164,8 +167,9 @@ class Journal:
             )  # fmt: skip
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute("PRAGMA wal_autocheckpoint=4000")
+            self._db.execute(f"PRAGMA wal_autocheckpoint={RESERVED // 4096 // 2}")
             self._open()
+            self._reserve()
             self._wal = os.open(path + "-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except sqlite3.Error as error:
             raise self._broken(error) from error
@@ -187,6 +191,21 @@ class Journal:
                 f"{self.path} is in format {version}, not {FORMAT}: another version of datacache wrote it; "
                 "use that one to flush it"
             )
+
+    def _reserve(self) -> None:
+        """Take the space that transactions will need: those who write to landing files meet the end of the
+        disk first, and their closes, and uploads, must be noted all the same. A WAL is used again from its
+        start, and pages of the database that are free are used before it grows."""
+        try:
+            with self._transaction():
+                self._db.execute("CREATE TABLE room (filler BLOB)")
+                self._db.execute("INSERT INTO room VALUES (zeroblob(?))", (RESERVED,))
+            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
+            with self._transaction():
+                self._db.execute("DROP TABLE room")
+        except sqlite3.OperationalError:
+            with suppress(sqlite3.Error):  # there is no room: what was reserved by an earlier process will do
+                self._db.execute("DROP TABLE IF EXISTS room")
 
     def __repr__(self) -> str:
         return f"<Journal {self.path}>"

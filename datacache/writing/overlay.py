@@ -589,7 +589,8 @@ class Overlay:
                 continue  # it only reads what is there
             if expected is None:
                 expected = op.expected
-            if seq in self._tried:
+            # A later content of a lineage: what an earlier one of it has put may stand there.
+            if seq in self._tried or not op.id.endswith(".0"):
                 tried, mark = True, _next_id(op.id)
             if seq in self._running:
                 batch.update_op(op._replace(ino=0))
@@ -1058,7 +1059,12 @@ class Overlay:
             if now.kind is OpKind.DELETE:
                 _log.warning("%s, so it is not deleted", where)
                 self._undelete(now, found)
-            elif not now.ino or found is None or self._policy is Conflict.OVERWRITE:
+            elif not now.ino:
+                # Nobody wants it any more, so theirs is not touched; what follows it meets theirs, too.
+                with self._changing("unwanted") as batch:
+                    self._done(batch, now, now.expected)
+                self._uploads.forget(now)
+            elif found is None or self._policy is Conflict.OVERWRITE:
                 _log.warning("%s meanwhile; ours takes its place", where)
                 with self._changing("overwrite") as batch:
                     batch.update_op(now._replace(expected=there, id=_next_id(now.id), resume=""))
