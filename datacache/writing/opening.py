@@ -22,6 +22,7 @@ from datacache.sources.sink import Sink
 from datacache.writing.journal import Journal
 from datacache.writing.landing import MANAGED, Landing, Quiet
 from datacache.writing.overlay import Overlay
+from datacache.writing.settling import Settling
 from datacache.writing.uploader import Uploader
 
 _log = logging.getLogger(__name__)
@@ -48,8 +49,11 @@ class Reader(Protocol):
 class Writing:
     """The write path of one data set, at work."""
 
-    def __init__(self, landing: Landing, journal: Journal, overlay: Overlay, uploader: Uploader) -> None:
-        self.landing, self.journal, self.overlay, self.uploader = landing, journal, overlay, uploader
+    def __init__(
+        self, landing: Landing, journal: Journal, overlay: Overlay, settling: Settling, uploader: Uploader
+    ) -> None:
+        self.landing, self.journal, self.overlay = landing, journal, overlay
+        self.settling, self.uploader = settling, uploader
 
     def __repr__(self) -> str:
         return f"<Writing {self.landing.directory}>"
@@ -60,10 +64,10 @@ class Writing:
         self.journal.sync()
         prefix = None if top is None else (top.mount, self.overlay.key_of(top))
         clean = self.uploader.flush(prefix, timeout=timeout).complete
-        dirty = self.overlay.dirty()
+        dirty = self.settling.dirty()
         return {
             "clean": clean, "pending": dirty.due, "open": dirty.open, "bytes": dirty.bytes,
-            "errors": [*self.overlay.parked().values(), *self.uploader.errors()][:20],
+            "errors": [*self.settling.parked().values(), *self.uploader.errors()][:20],
         }  # fmt: skip
 
     def status(self) -> dict[str, Any]:
@@ -75,10 +79,10 @@ class Writing:
             "landing_free_bytes": room.free,
             **{
                 f"dirty_{name}": value
-                for name, value in asdict(self.overlay.dirty()).items()
+                for name, value in asdict(self.settling.dirty()).items()
                 if name != "oldest"
             },
-            "parked": list(self.overlay.parked().values())[:20],
+            "parked": list(self.settling.parked().values())[:20],
             "uploads": self.uploader.status(),
         }
 
@@ -121,17 +125,18 @@ def open_writing(
         _check_owed(journal, directory, settings.dataset, [sink.uri for sink in sinks])
         copies = _Copies(reader, cache)
         overlay = Overlay(
-            index, journal, landing, clock=clock, bring=copies.bring, keep=copies.keep,
+            index, journal, landing, clock=clock, bring=copies.bring,
             roots=[index.resolve(point.path).ino for point in settings.dataset.mounts],
-            any_bytes=all(sink.uri.startswith("file:") for sink in sinks), conflict=settings.writing.conflict,
-            host=socket.gethostname().partition(".")[0],
+            any_bytes=all(sink.uri.startswith("file:") for sink in sinks),
             resumed=resumed, leases_tell=leases_tell,
         )  # fmt: skip
         built.callback(overlay.close)
-        uploader = Uploader(overlay, sinks, settings.upload, clock=clock)
+        host = socket.gethostname().partition(".")[0]
+        settling = Settling(overlay, keep=copies.keep, conflict=settings.writing.conflict, host=host)
+        uploader = Uploader(settling, sinks, settings.upload, clock=clock)
         built.callback(uploader.close)
-        overlay.attach(uploader)
-        yield Writing(landing, journal, overlay, uploader)
+        overlay.owing.attach(uploader)
+        yield Writing(landing, journal, overlay, settling, uploader)
 
 
 def _check_place(directory: str, uris: Sequence[str]) -> None:

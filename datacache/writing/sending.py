@@ -36,7 +36,7 @@ answer that was lost, so this is plenty."""
 
 
 class Work(Protocol):
-    """What is owed, and who wants to know that it was paid: the overlay. Thread-safe.
+    """What is owed, and who wants to know that it was paid (`settling.Settling`). Thread-safe.
 
     What was begun ends with exactly one of `settled`, `stopped` and `conflict`.
     """

@@ -642,7 +642,7 @@ def test_who_never_comes_back_leaves_nothing_behind(it: Life) -> None:
     it.mounted.place.clock.advance(OWED + 1)
     it.content("d/inner")
     assert not it.mounted.overlay.landed(ino)
-    assert not it.mounted.overlay.ops()
+    assert not it.mounted.settling.ops()
     assert it.content("old") == OLD
 
 

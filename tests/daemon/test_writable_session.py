@@ -166,9 +166,9 @@ def test_create_write_flush_release(it: Kernel) -> None:
     assert it.data(Opcode.FLUSH, FlushIn(made.open.fh, 0), node=node) == b""
     assert it.data(Opcode.FSYNC, FsyncIn(made.open.fh, 1), node=node) == b""
     assert it.data(Opcode.FSYNCDIR, FsyncIn(0, 0)) == b""
-    assert not [op for op in it.mounted.overlay.ops() if op.since]
+    assert not [op for op in it.mounted.settling.ops() if op.since]
     assert it.data(Opcode.RELEASE, ReleaseIn(made.open.fh, os.O_RDWR, 0, 0), node=node) == b""
-    assert [op.key for op in it.mounted.overlay.ops() if op.since] == ["new"]
+    assert [op.key for op in it.mounted.settling.ops() if op.since] == ["new"]
 
 
 def test_a_write_of_the_largest_size(it: Kernel) -> None:

@@ -43,9 +43,9 @@ class PayingMachine(RuleBasedStateMachine):
 
     def start(self) -> None:
         self.uploader = Uploader(
-            self.mounted.overlay, [self.sink], self.settings, self.place.clock, jitter=lambda: 0.5
+            self.mounted.settling, [self.sink], self.settings, self.place.clock, jitter=lambda: 0.5
         )
-        self.mounted.overlay.attach(self.uploader)
+        self.mounted.overlay.owing.attach(self.uploader)
 
     def do(self, change: Callable[[], Tree], work: Callable[[], object]) -> None:
         try:
@@ -176,9 +176,9 @@ def test_an_upload_that_nobody_heard_of_leaves_nothing_behind(place: Place, how:
     mounted.write("/a", b"one")
     mounted.write("/c", b"other")
     uploader = Uploader(
-        mounted.overlay, [sink], UploadSettings(concurrency=1), place.clock, jitter=lambda: 1.0
+        mounted.settling, [sink], UploadSettings(concurrency=1), place.clock, jitter=lambda: 1.0
     )
-    mounted.overlay.attach(uploader)
+    mounted.overlay.owing.attach(uploader)
     until(lambda: place.clock.waiting == [1])  # type: ignore[attr-defined]
     if again == "after a restart":
         uploader.close()
@@ -191,8 +191,8 @@ def test_an_upload_that_nobody_heard_of_leaves_nothing_behind(place: Place, how:
     else:
         mounted.overlay.rename(*mounted.at("/c"), *mounted.at("/a"), replace=True)
     if again == "after a restart":
-        uploader = Uploader(mounted.overlay, [sink], UploadSettings(concurrency=1), place.clock)
-        mounted.overlay.attach(uploader)
+        uploader = Uploader(mounted.settling, [sink], UploadSettings(concurrency=1), place.clock)
+        mounted.overlay.owing.attach(uploader)
     place.clock.advance(1)
     assert uploader.flush()
     assert not uploader.stats().conflicts

@@ -214,7 +214,7 @@ class WritingMachine(RuleBasedStateMachine):
             shutil.rmtree(self.place.root / "state")  # the catalogue is lost, too
         self.mounted = Mounted(self.place, resumed=resumed)
         if resumed:  # a writer that died with us is told by the kernel's RELEASE
-            for node in list(self.mounted.overlay._nodes.values()):
+            for node in list(self.mounted.overlay.ledger.nodes.values()):
                 for _ in range(node.writers):
                     self.mounted.overlay.released(node.ino)
 

@@ -20,6 +20,7 @@ from datacache.writing.journal import ANYTHING, NOTHING, Journal, Op, OpKind
 from datacache.writing.landing import Landing, Quiet
 from datacache.writing.overlay import Overlay
 from datacache.writing.schedule import runnable
+from datacache.writing.settling import Settling
 
 DATASET = Dataset("model", (MountPoint("memory://test", "/"),))
 
@@ -68,9 +69,10 @@ class Mounted:
         self.journal = Journal(self.landing.journal)
         self.kept: dict[str, bytes] = {}
         self.overlay = Overlay(
-            index, self.journal, self.landing, clock=place.clock, bring=self._bring, keep=self._keep,
-            roots=[ROOT], conflict=conflict, resumed=resumed,
+            index, self.journal, self.landing, clock=place.clock, bring=self._bring,
+            roots=[ROOT], resumed=resumed,
         )  # fmt: skip
+        self.settling = Settling(self.overlay, keep=self._keep, conflict=conflict, host="")
 
     def _bring(self, entry: Entry, descriptor: int) -> None:
         info = ObjectInfo(entry.key, entry.size, entry.version, entry.mtime_ns)
@@ -148,11 +150,11 @@ class Mounted:
 
     def pay(self, choose: int = 0, *, stop: bool = False) -> bool:
         """Do one operation that may be done; whether there was one. `stop`: it is given up halfway."""
-        ops = self.overlay.ops()
+        ops = self.settling.ops()
         ready = runnable(ops, ())
         if not ready:
             return False
-        op = self.overlay.begin(ready[choose % len(ready)])
+        op = self.settling.begin(ready[choose % len(ready)])
         assert op is not None
         self.do(op, stop=stop)
         return True
@@ -172,13 +174,13 @@ class Mounted:
         there = self.in_bucket(op.key)
         if op.kind is OpKind.DELETE:
             if there is not None and op.expected not in (ANYTHING, there.version) and not self.is_ours(op):
-                self.overlay.conflict(op, Stored(there, {}, "digest"))
+                self.settling.conflict(op, Stored(there, {}, "digest"))
                 return
             if there is not None:
                 bucket.delete(op.key)
-            self.overlay.settled(op, None, None)
+            self.settling.settled(op, None, None)
             return
-        content = self.overlay.content(op) if op.landing else None
+        content = self.settling.content(op) if op.landing else None
         try:
             self.put(op, there, content, stop=stop)
         finally:
@@ -188,11 +190,11 @@ class Mounted:
     def put(self, op: Op, there: ObjectInfo | None, content: Quiet | None, *, stop: bool) -> None:
         bucket = self.place.bucket
         if op.landing and (content is None or stop):
-            self.overlay.stopped(op)
+            self.settling.stopped(op)
             return
         wanted = op.expected in (ANYTHING, NOTHING if there is None else there.version)
         if not wanted and not self.is_ours(op):
-            self.overlay.conflict(op, None if there is None else Stored(there, {}, "digest"))
+            self.settling.conflict(op, None if there is None else Stored(there, {}, "digest"))
             return
         try:
             if content is not None:
@@ -202,17 +204,17 @@ class Mounted:
             else:
                 data = b""
         except Stopped:
-            self.overlay.stopped(op)
+            self.settling.stopped(op)
             return
         bucket.put(op.key, data)
         self.place.marks[op.key] = op.id
         found = self.in_bucket(op.key)
         assert found is not None
-        self.overlay.settled(op, Stored(found, self.overlay.metadata(op), "digest"), content)
+        self.settling.settled(op, Stored(found, self.settling.metadata(op), "digest"), content)
 
     def drain(self) -> None:
         """All that is due."""
         for _ in range(1000):
             if not self.pay():
                 return
-        raise AssertionError(f"it does not end: {self.overlay.ops()}")
+        raise AssertionError(f"it does not end: {self.settling.ops()}")

@@ -34,4 +34,4 @@ def test_clean_files_can_be_swapped(mounted: Mounted, paid: bool) -> None:
     assert mounted.tree() == {"/a": b"b", "/b": b"a"}
     mounted.drain()
     assert mounted.tree() == {"/a": b"b", "/b": b"a"}
-    assert not mounted.overlay.ops()
+    assert not mounted.settling.ops()

@@ -1,0 +1,284 @@
+"""
+The journal as it is held in memory: what is dirty and what is owed, found by name, by key, by number.
+
+It changes by transactions only. A `Batch` writes to the journal at once, and says what memory makes of
+it; that follows when the journal has committed. So what is found here is always what the next process
+would find, and a transaction that fails changes nothing.
+
+Locks: `lock` is held by whoever changes anything. Who only looks names up takes none: nodes are frozen
+values, and in one batch what adds a name is done before what takes one away.
+"""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from cachetools import LRUCache
+
+from datacache.errors import IndexBroken
+from datacache.index import names
+from datacache.index.database import Changing
+from datacache.index.live import LiveIndex
+from datacache.model import Kind
+from datacache.writing.journal import Attributes, Change, Hidden, Journal, Node, Op, OpKind
+from datacache.writing.landing import Landing, Quiet
+
+_log = logging.getLogger(__name__)
+
+DISPENSABLE = 256
+"""Landing files that wait at most for the journal to be synced, before they are removed."""
+_ATTRIBUTES = 50_000  # clean paths of which it is remembered what they have beside their bytes
+
+Kept = tuple[str, Kind, Attributes]
+"""What is kept of a clean path beside its bytes: of which version (`Version.token`), as what, and that."""
+
+
+class Ledger:
+    """What a journal says; see the module. Its dictionaries are for reading: a `Batch` changes them."""
+
+    def __init__(self, journal: Journal, landing: Landing, index: LiveIndex) -> None:
+        """Empty: `resuming` fills it with what the journal has. `index` is told what is hidden."""
+        self.journal, self.landing, self._index = journal, landing, index
+        self.lock = threading.RLock()
+        self.nodes: dict[int, Node] = {}
+        self.names: dict[int, dict[bytes, int]] = {}
+        """By directory."""
+        self.hidden: dict[int, set[str]] = {}
+        """Keys, by directory."""
+        self.hidden_at: dict[tuple[int, str], tuple[int, bytes]] = {}
+        """Directory and name, by mount and key."""
+        self.ops: dict[int, Op] = {}
+        """In the order of `seq`."""
+        self.by_key: dict[tuple[int, str], list[int]] = {}
+        """The `seq` of all that reads or changes a key, in order."""
+        self.puts: dict[int, int] = {}
+        """`seq` of the PUT of a node."""
+        self.deletes: dict[int, set[int]] = {}
+        """`seq` of the DELETEs of what a node was called before."""
+
+        # What only this process knows; it goes with what it is about.
+        self.running: dict[int, Quiet | None] = {}
+        """Operations under way, and the bytes that they read."""
+        self.tried: set[int] = set()
+        """Operations that may have taken effect, though nobody was told."""
+        self.parked: dict[int, str] = {}
+        """Operations that wait for a person, and why."""
+        self.granted: set[int] = set()
+        """Nodes that were created, and count as open for writing; the open follows."""
+        self.unchanged: dict[int, tuple[int, int]] = {}
+        """Size and ctime of what was landed to be written, by node."""
+        self.rowless: set[int] = set()
+        """Directories made here that the catalogue knows nothing of below."""
+
+        self._named: Counter[int] = Counter()  # nodes and operations of each landing file
+        self._dispensable: set[int] = set()  # landing files that may have lost the last of them
+        self._any_kept = journal.has_attributes()
+        self._kept: LRUCache[tuple[int, str], Kept | None] = LRUCache(_ATTRIBUTES)
+        self._kept_lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Ledger {len(self.nodes)} nodes, {len(self.ops)} operations>"
+
+    @contextmanager
+    def changing(self, what: str) -> Iterator["Batch"]:
+        """One transaction of the journal; memory follows when it is committed. Raises LandingError."""
+        with self.journal.change(what) as change:
+            batch = Batch(self, change)
+            yield batch
+        batch.take_effect()
+        if len(self._dispensable) >= DISPENSABLE:
+            self.sync()
+
+    @contextmanager
+    def catalogue(self, *ours: tuple[int, bytes]) -> Iterator[Changing]:
+        """Let the catalogue of names follow what was decided. Where it cannot, it does at the next start."""
+        try:
+            with self._index.changing(*ours) as changing:
+                yield changing
+        except IndexBroken as error:
+            _log.warning("%s: names that were changed follow when the mount is started again", error)
+
+    def sync(self) -> None:
+        """Make the journal durable, and then remove the files that it does not name any more: a power cut
+        must not bring back a name whose bytes are gone. Raises LandingBroken."""
+        with self.lock:
+            some, self._dispensable = self._dispensable, set()
+        try:
+            self.journal.sync()
+        except BaseException:
+            with self.lock:
+                self._dispensable |= some
+            raise
+        with self.lock:
+            for landing in some:
+                if not self._named[landing]:
+                    del self._named[landing]
+                    self.landing.discard(landing)
+
+    def clean_up(self) -> None:
+        """Remove landing files that nobody names: what was begun, and never acknowledged."""
+        named = {node.landing for node in self.nodes.values()} | {op.landing for op in self.ops.values()}
+        self.landing.reserve_numbers(iter(named))
+        for number in self.landing.files():
+            if number not in named:
+                self.landing.discard(number)
+
+    def kept(self, mount: int, key: str) -> Kept | None:
+        """What is kept of a clean path beside its bytes."""
+        if not self._any_kept:
+            return None
+        with self._kept_lock:
+            if (mount, key) in self._kept:
+                return self._kept[mount, key]
+        found = self.journal.attributes(mount, key)
+        with self._kept_lock:
+            return self._kept.setdefault((mount, key), found)
+
+    # ---- what a batch does to memory --------------------------------------------------------------
+
+    def set_node(self, node: Node) -> None:
+        before = self.nodes.get(node.ino)
+        self.nodes[node.ino] = node
+        self._named[node.landing] += 1
+        if before is not None:
+            self._named[before.landing] -= 1
+        if not node.orphan:
+            self.names.setdefault(node.parent, {})[node.name] = node.ino
+        if before is not None and (before.orphan, before.parent, before.name) != (
+            node.orphan, node.parent, node.name,
+        ):  # fmt: skip
+            self._unname(before)
+
+    def _unname(self, node: Node) -> None:
+        called = self.names.get(node.parent)
+        if called is not None and called.get(node.name) == node.ino:
+            del called[node.name]
+            if not called:
+                del self.names[node.parent]
+
+    def unset_node(self, ino: int) -> None:
+        before = self.nodes.pop(ino, None)
+        if before is not None:
+            self._unname(before)
+            self._named[before.landing] -= 1
+        self.granted.discard(ino)
+        self.rowless.discard(ino)
+        self.unchanged.pop(ino, None)
+
+    def set_op(self, op: Op) -> None:
+        before = self.ops.get(op.seq)
+        if before is not None:
+            self._unlist(before)
+        self.ops[op.seq] = op  # in its place, where it had one
+        self._named[op.landing] += 1
+        for key in dict.fromkeys(op.keys):
+            there = self.by_key.setdefault(key, [])
+            there.append(op.seq)
+            there.sort()
+        if op.kind is OpKind.PUT and op.ino:
+            self.puts[op.ino] = op.seq
+        elif op.ino:
+            self.deletes.setdefault(op.ino, set()).add(op.seq)
+
+    def unset_op(self, seq: int) -> None:
+        before = self.ops.pop(seq, None)
+        self.tried.discard(seq)
+        if before is not None:
+            self._unlist(before)
+            self.parked.pop(seq, None)
+
+    def _unlist(self, op: Op) -> None:
+        self._named[op.landing] -= 1
+        for key in dict.fromkeys(op.keys):
+            there = self.by_key[key]
+            there.remove(op.seq)
+            if not there:
+                del self.by_key[key]
+        if op.kind is OpKind.PUT:
+            if self.puts.get(op.ino) == op.seq:
+                del self.puts[op.ino]
+        elif op.ino:
+            self.deletes[op.ino].discard(op.seq)
+            if not self.deletes[op.ino]:
+                del self.deletes[op.ino]
+
+    def set_hidden(self, hidden: Hidden) -> None:
+        self._index.hold(hidden.parent, names.to_bytes(hidden.key))
+        self.hidden.setdefault(hidden.parent, set()).add(hidden.key)
+        self.hidden_at[hidden.mount, hidden.key] = (hidden.parent, hidden.name)
+
+    def unset_hidden(self, mount: int, key: str) -> None:
+        at = self.hidden_at.pop((mount, key), None)
+        if at is not None:
+            self._index.let_go(at[0], names.to_bytes(key))
+            self.hidden[at[0]].discard(key)
+            if not self.hidden[at[0]]:
+                del self.hidden[at[0]]
+
+    def set_kept(self, mount: int, key: str, kept: Kept | None) -> None:
+        self._any_kept = self._any_kept or kept is not None
+        with self._kept_lock:
+            self._kept[mount, key] = kept
+
+    def dispense_with(self, landing: int) -> None:
+        """Remove a landing file, if nobody names it any more when the journal is synced."""
+        if landing:
+            self._dispensable.add(landing)
+
+
+class Batch:
+    """A transaction of the journal, and what memory makes of it when it is committed."""
+
+    def __init__(self, ledger: Ledger, change: Change) -> None:
+        self._ledger, self._change = ledger, change
+        self._effects: list[Callable[[], object]] = []
+        self._last: list[Callable[[], object]] = []  # what takes names away
+
+    def then(self, effect: Callable[[], object]) -> None:
+        """Do it when this is committed."""
+        self._effects.append(effect)
+
+    def take_effect(self) -> None:
+        """It is committed. Who looks names up meanwhile sees both, the new and the old, never neither."""
+        for effect in (*self._effects, *self._last):
+            effect()
+
+    def put_node(self, node: Node) -> None:
+        self._change.put_node(node)
+        self.then(lambda: self._ledger.set_node(node))
+
+    def drop_node(self, node: Node) -> None:
+        self._change.drop_node(node.ino)
+        self._last.append(lambda: self._ledger.unset_node(node.ino))
+        self._ledger.dispense_with(node.landing)
+
+    def add_op(self, op: Op) -> None:
+        added = self._change.add_op(op)
+        self.then(lambda: self._ledger.set_op(added))
+
+    def update_op(self, op: Op) -> None:
+        self._change.update_op(op)
+        self.then(lambda: self._ledger.set_op(op))
+
+    def drop_op(self, op: Op) -> None:
+        self._change.drop_op(op.seq)
+        self.then(lambda: self._ledger.unset_op(op.seq))
+        self._ledger.dispense_with(op.landing)
+
+    def hide(self, hidden: Hidden) -> None:
+        self._change.hide(hidden)
+        self.then(lambda: self._ledger.set_hidden(hidden))
+
+    def show(self, mount: int, key: str) -> None:
+        self._change.show(mount, key)
+        self._last.append(lambda: self._ledger.unset_hidden(mount, key))
+
+    def keep_attributes(self, mount: int, key: str, token: str, kind: Kind, kept: Attributes) -> None:
+        self._change.keep_attributes(mount, key, token, kind, kept)
+        self.then(lambda: self._ledger.set_kept(mount, key, (token, kind, kept)))
+
+    def drop_attributes(self, mount: int, key: str) -> None:
+        self._change.drop_attributes(mount, key)
+        self.then(lambda: self._ledger.set_kept(mount, key, None))

@@ -1,0 +1,104 @@
+"""
+What a process makes of the journal that an earlier one has left.
+
+The journal says mount and key of everything, so it holds without the numbers that it was written with.
+A daemon that takes a mount over keeps them, since the kernel uses them; a fresh mount gives out new ones.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from datacache.clock import Clock
+from datacache.index import names
+from datacache.index.live import LiveIndex
+from datacache.model import Kind
+from datacache.writing.journal import Hidden, OpKind
+from datacache.writing.ledger import Ledger
+
+_log = logging.getLogger(__name__)
+
+
+def go_on(ledger: Ledger, index: LiveIndex, clock: Clock, *, leases_tell: bool) -> None:
+    """An earlier daemon of this mount died: numbers are good, and the kernel uses them. `leases_tell`: all
+    writers are the kernel's own (passthrough), so leases tell of those that the earlier daemon had."""
+    for hidden in ledger.journal.hidden():
+        ledger.set_hidden(hidden)
+    for op in ledger.journal.ops():
+        ledger.set_op(op)
+    nodes = ledger.journal.nodes()
+    with index.changing() as changing:
+        for (_, key), (parent, _) in ledger.hidden_at.items():
+            changing.vanish(parent, names.to_bytes(key))
+        for node in nodes:
+            ledger.set_node(node)
+            if node.orphan:
+                changing.bury(node.ino)
+            else:
+                own = names.to_bytes(node.key)
+                changing.place(node.ino, node.parent, node.name, node.mount, own)
+    if leases_tell:
+        with ledger.changing("resume") as batch:
+            for node in nodes:
+                if node.writers:
+                    batch.put_node(node._replace(writers=0))
+            for op in ledger.ops.values():
+                if not op.since:
+                    batch.update_op(op._replace(since=clock.wall()))
+
+
+def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[int]) -> None:
+    """A fresh mount: nobody has anything open, and numbers mean nothing. What was not closed is due as
+    it is: all of it that was synced is there."""
+    hidden, ops = ledger.journal.hidden(), ledger.journal.ops()
+    nodes = sorted(
+        ledger.journal.nodes(), key=lambda node: node.key.count("/") - (node.kind is Kind.DIRECTORY)
+    )
+    known: dict[tuple[int, str], int] = {}
+    numbers: dict[int, int] = {}
+    with index.changing() as changing:
+
+        def place(mount: int, key: str) -> tuple[int, bytes]:
+            """Directory and name of a key."""
+            *above, last = key.removesuffix("/").split("/")
+            at, path = roots[mount], ""
+            for segment in above:
+                path += segment + "/"
+                ino = known.get((mount, path))
+                if ino is None:
+                    ino = changing.adopt(at, names.shown(segment), mount, names.to_bytes(path))
+                    known[mount, path] = ino
+                at = ino
+            return at, names.shown(last)
+
+        there = set(ledger.landing.files())
+        for node in nodes:
+            if node.orphan:
+                continue
+            if node.landing and node.landing not in there:
+                _log.info("%r was never synced before the power went: it is as it was before", node.key)
+                continue
+            at, name = place(node.mount, node.key)
+            row = int(Kind.DIRECTORY if node.kind is Kind.DIRECTORY else Kind.FILE)
+            ino, generation = changing.claim(at, name, row, node.mount, names.to_bytes(node.key))
+            known[node.mount, node.key] = numbers[node.ino] = ino
+            ledger.set_node(node._replace(ino=ino, parent=at, name=name, generation=generation, writers=0))
+        for one in hidden:
+            at, name = place(one.mount, one.key)
+            ledger.set_hidden(one._replace(parent=at, name=name))
+            changing.vanish(at, names.to_bytes(one.key))
+    with ledger.journal.change("anew") as change:
+        change.clear_nodes()
+        change.clear_hidden()
+        for node in ledger.nodes.values():
+            change.put_node(node)
+        for (mount, key), (at, name) in ledger.hidden_at.items():
+            change.hide(Hidden(at, name, mount, key))
+        for op in ops:
+            ino = numbers.get(op.ino, 0)
+            if op.kind is OpKind.PUT and ((not ino and op.ino) or (op.landing and op.landing not in there)):
+                change.drop_op(op.seq)  # of what was unlinked, or is not there
+                continue
+            new = op._replace(ino=ino, since=op.since or clock.wall())
+            change.update_op(new)
+            ledger.set_op(new)
+        change.set_meta("index", index.identity)
