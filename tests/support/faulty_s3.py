@@ -1,9 +1,9 @@
 """
 A small S3 server that goes wrong on purpose.
 
-It answers GET, HEAD and ListObjectsV2 of one bucket as S3 does (206, ETag, If-Match, 412, 416, XML),
-looks at no signature, and befalls requests with scripted faults, in the order of `add`. It listens on
-loopback; nothing outlives `close`: connections are cut and every thread is joined.
+It answers GET, HEAD and ListObjectsV2 of one bucket as S3 does (206, ETag, If-Match, 412, 416, XML), takes
+objects, whole and in parts, looks at no signature, and befalls requests with scripted faults, in the order
+of `add`. It listens on loopback; nothing outlives `close`: connections are cut and every thread is joined.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import re
 import socket
 import struct
 import threading
+from base64 import b64encode
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -88,7 +89,12 @@ class IgnoreCondition:
 
 @dataclass(frozen=True)
 class Flip:
-    """Send the body with one bit of its first byte inverted."""
+    """Send the body with one bit of its first byte inverted; of a put: that is how it arrives."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Do what was asked for, and reset the connection instead of saying so."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,13 @@ class Before:
 
 Fault = (
     Status | Stall | Trickle | Truncate | Shorten | Reset | Elsewhere | NotPartial | IgnoreCondition
-    | Flip | Before
+    | Flip | Before | Lost
 )  # fmt: skip
 
 
 class Request(NamedTuple):
-    """What was asked: `kind` is get, head or list; names of headers are in small letters."""
+    """What was asked: `kind` is get, head, list, put, delete, or of a multipart upload create, part, parts,
+    complete, abort; names of headers are in small letters."""
 
     kind: str
     key: str
@@ -127,11 +134,24 @@ class Stored:
         self.etag = self.etag or f'"{hashlib.md5(self.data, usedforsecurity=False).hexdigest()}"'
 
 
+@dataclass
+class Upload:
+    """A multipart upload that was neither completed nor aborted."""
+
+    key: str
+    headers: dict[str, str]
+    parts: dict[int, bytes] = field(default_factory=dict)
+
+
 class FaultyS3:
     """The server. A context manager; `endpoint` is its URL."""
 
-    def __init__(self, objects: Mapping[str, bytes] | None = None, *, bucket: str = "bucket") -> None:
-        self.bucket = bucket
+    def __init__(
+        self, objects: Mapping[str, bytes] | None = None, *, bucket: str = "bucket", digests: bool = True
+    ) -> None:
+        """`digests`: what arrives is held against its Content-MD5."""
+        self.bucket, self.digests = bucket, digests
+        self.uploads: dict[str, Upload] = {}
         # Guards all below; handlers run in threads of their own.
         self.lock = threading.Lock()
         self.objects: dict[str, Stored] = {}
@@ -167,15 +187,22 @@ class FaultyS3:
     def put(self, key: str, data: bytes, **more: Any) -> None:
         """Store an object; `more` goes to `Stored`."""
         with self.lock:
-            self._puts += 1
-            self.objects[key] = Stored(data, **({"mtime": _BIRTH + self._puts} | more))
+            self.take(key, Stored(data, **more))
+
+    def take(self, key: str, stored: Stored) -> str:
+        """Have an object, with the lock held; its entity tag."""
+        self._puts += 1
+        if stored.mtime == _BIRTH:
+            stored.mtime += self._puts
+        self.objects[key] = stored
+        return stored.etag
 
     def delete(self, key: str) -> None:
         with self.lock:
             del self.objects[key]
 
     def add(self, kind: str, *faults: Fault | None) -> None:
-        """Let these befall the next requests of `kind` (get, head, list) in turn."""
+        """Let these befall the next requests of `kind` in turn."""
         with self.lock:
             self._faults[kind].extend(faults)
 
@@ -255,12 +282,31 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer(body=False)
 
+    def do_PUT(self) -> None:
+        self._answer(body=True)
+
+    do_POST = do_DELETE = do_PUT  # noqa: N815
+
+    def _kind(self, key: str, query: Mapping[str, str]) -> str:
+        upload = "uploadId" in query
+        match self.command:
+            case "PUT":
+                return "part" if upload else "put"
+            case "POST":
+                return "complete" if upload else "create"
+            case "DELETE":
+                return "abort" if upload else "delete"
+            case "HEAD":
+                return "head"
+        return "parts" if upload else "get" if key else "list"
+
     def _answer(self, *, body: bool) -> None:
         owner = self.server.owner
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
         bucket, _, key = unquote(url.path, errors="surrogateescape").lstrip("/").partition("/")
-        kind = "list" if not key and body else "get" if body else "head"
+        kind = self._kind(key, query)
+        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = owner.begin(
             Request(kind, key, {name.lower(): value for name, value in self.headers.items()}, query)
         )
@@ -281,8 +327,103 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(404, "NoSuchBucket")
         elif kind == "list":
             self._send(200, {"Content-Type": "application/xml"}, self.listing(query).encode(), fault)
-        else:
+        elif kind in ("get", "head"):
             self._object(key, fault)
+        elif isinstance(fault, Flip) and sent:
+            self._change(kind, key, query, bytes([sent[0] ^ 1]) + sent[1:], None)
+        else:
+            self._change(kind, key, query, sent, fault)
+
+    # Writing
+
+    def _change(
+        self, kind: str, key: str, query: Mapping[str, str], sent: bytes, fault: Fault | None
+    ) -> None:
+        owner, digest = self.server.owner, hashlib.md5(sent, usedforsecurity=False)
+        claimed = self.headers.get("Content-MD5", "")
+        if owner.digests and claimed and claimed != b64encode(digest.digest()).decode():
+            self._refuse(400, "BadDigest")
+            return
+        with owner.lock:
+            status, code, headers, body = self._changed(kind, key, query, sent)
+        if isinstance(fault, Lost):
+            self._reset()
+        elif code:
+            self._refuse(status, code)
+        else:
+            self._send(status, headers, body.encode(), None)
+
+    def _changed(
+        self, kind: str, key: str, query: Mapping[str, str], sent: bytes
+    ) -> tuple[int, str, dict[str, str], str]:
+        """Status, code of a refusal, headers and body, when it was done; with the lock held."""
+        owner = self.server.owner
+        there = owner.objects.get(key)
+        if kind in ("put", "complete", "delete"):
+            wanted = self.headers.get("If-Match")
+            if wanted and (there is None or there.etag != wanted):
+                return 412, "PreconditionFailed", {}, ""
+            if self.headers.get("If-None-Match") and there is not None:
+                return 412, "PreconditionFailed", {}, ""
+        if kind == "delete":
+            owner.objects.pop(key, None)
+            return 204, "", {}, ""
+        kept = {
+            name.lower(): value
+            for name, value in self.headers.items()
+            if name.lower().startswith("x-amz-meta-")
+        }
+        if kind == "put":
+            return 200, "", {"ETag": owner.take(key, Stored(sent, headers=kept))}, ""
+        if kind == "create":
+            name = f"upload-{len(owner.requests)}"
+            owner.uploads[name] = Upload(key, kept)
+            return (
+                200,
+                "",
+                {},
+                f"<InitiateMultipartUploadResult><UploadId>{name}</UploadId></InitiateMultipartUploadResult>",
+            )
+        upload = owner.uploads.get(query["uploadId"])
+        if upload is None:
+            return 404, "NoSuchUpload", {}, ""
+        digests = {number: hashlib.md5(part, usedforsecurity=False) for number, part in upload.parts.items()}
+        match kind:
+            case "part":
+                upload.parts[int(query["partNumber"])] = sent
+                return 200, "", {"ETag": f'"{hashlib.md5(sent, usedforsecurity=False).hexdigest()}"'}, ""
+            case "parts":
+                listed = "".join(
+                    f'<Part><PartNumber>{number}</PartNumber><ETag>"{digests[number].hexdigest()}"</ETag>'
+                    f"<Size>{len(part)}</Size></Part>"
+                    for number, part in sorted(upload.parts.items())
+                )
+                return (
+                    200,
+                    "",
+                    {},
+                    f"<ListPartsResult>{listed}<IsTruncated>false</IsTruncated></ListPartsResult>",
+                )
+            case "abort":
+                del owner.uploads[query["uploadId"]]
+                return 204, "", {}, ""
+        named = re.findall(r"<ETag>(?:&quot;|\")?([0-9a-f]{32})", sent.decode())
+        if named != [digests[number].hexdigest() for number in sorted(upload.parts)]:
+            return 400, "InvalidPart", {}, ""
+        del owner.uploads[query["uploadId"]]
+        whole = hashlib.md5(b"".join(bytes.fromhex(one) for one in named), usedforsecurity=False)
+        data = b"".join(part for _, part in sorted(upload.parts.items()))
+        tag = owner.take(
+            key, Stored(data, etag=f'"{whole.hexdigest()}-{len(named)}"', headers=upload.headers)
+        )
+        return (
+            200,
+            "",
+            {},
+            f"<CompleteMultipartUploadResult><ETag>{escape(tag)}</ETag></CompleteMultipartUploadResult>",
+        )
+
+    # Reading
 
     def _object(self, key: str, fault: Fault | None) -> None:
         with self.server.owner.lock:

@@ -70,7 +70,7 @@ class StubServer:
                     self.wfile.write(answer.body)
                 self.close_connection = True
 
-            do_GET = do_HEAD = do_POST = answer  # noqa: N815
+            do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer  # noqa: N815
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
