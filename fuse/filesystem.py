@@ -448,7 +448,8 @@ class FileSystem:
         """Open the version that `node` names. Raises Stale when that is not the current one, or is open
         in another way than it would be now: look the name up again."""
         _check_flags(flags)
-        entry = self._index.current(nodes.path(node))
+        with _looked_up_again():
+            entry = self._index.current(nodes.path(node))
         self._check(node, entry)
         while True:
             file = _File(node, entry)
@@ -476,7 +477,8 @@ class FileSystem:
 
     def open_nowait(self, node: int, flags: int) -> Opened | None:
         _check_flags(flags)
-        entry = self._index.entry(nodes.path(node))
+        with _looked_up_again():
+            entry = self._index.entry(nodes.path(node))
         if self._index.fresh_for(entry.parent) <= 0 or self._backings is not None:
             return None
         self._check(node, entry)
@@ -692,6 +694,16 @@ VIRTUAL_XATTRS = (
     b"user.datacache.tier",
     b"user.datacache.cached",
 )
+
+
+@contextmanager
+def _looked_up_again() -> Iterator[None]:
+    """A node that has no path any more is stale: something else may have its name by now, and then that is
+    what is meant. Where nothing has, the kernel finds out when it looks the name up again."""
+    try:
+        yield
+    except NoSuchPath as gone:
+        raise Stale(str(gone)) from gone
 
 
 def _check_name(name: bytes) -> None:

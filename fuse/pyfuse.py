@@ -224,6 +224,7 @@ class _WritableOperations(_Operations):
                 uid=attr.st_uid if fields.update_uid else None,
                 gid=attr.st_gid if fields.update_gid else None,
                 mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+                who=ctx.pid,
             )
         )  # fmt: skip
         return self._encode(found)
@@ -275,15 +276,18 @@ class _WritableOperations(_Operations):
         raise Refused(errno.EPERM)  # a bucket has one name for an object
 
     @_answered
-    async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
-        return _file_info(await self._in_thread(self._writable.open, inode, flags))
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:  # type: ignore[override]
+        opened = functools.partial(self._writable.open, inode, flags, who=ctx.pid)
+        return _file_info(await self._in_thread(opened))
 
     @_answered
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         found, opened = await self._in_thread(
-            self._writable.create, parent_inode, name, flags, mode, ctx.uid, ctx.gid
+            functools.partial(
+                self._writable.create, parent_inode, name, flags, mode, ctx.uid, ctx.gid, who=ctx.pid
+            )
         )
         return _file_info(opened), self._encode(found)
 

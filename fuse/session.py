@@ -429,6 +429,7 @@ class WritableSession(Session):
             gid=body.gid if valid & _GID else None,
             mtime_ns=mtime_ns,
             kill=bool(valid & _KILL),
+            who=header.pid,
         )
         return protocol.reply(header.unique, protocol.encode_attr_out(self._attr(found), found.attr_timeout))
 
@@ -486,14 +487,15 @@ class WritableSession(Session):
         return int(flags) | (0 if opened.flush else int(OpenFlag.NOFLUSH))
 
     def _open(self, header: Header, body: protocol.OpenIn) -> Answer:
-        opened = self._writable.open(header.node, body.flags, kill=bool(body.open_flags & _OPEN_KILL))
+        kill = bool(body.open_flags & _OPEN_KILL)
+        opened = self._writable.open(header.node, body.flags, kill=kill, who=header.pid)
         encoded = protocol.encode_open_out(opened.handle, self._flags_of(opened), opened.backing)
         return protocol.reply(header.unique, encoded)
 
     def _create(self, header: Header, body: protocol.CreateIn) -> Answer:
         found, opened = self._writable.create(
             header.node, body.name, body.flags, body.mode, header.uid, header.gid,
-            kill=bool(body.open_flags & _OPEN_KILL), again=_again(header),
+            kill=bool(body.open_flags & _OPEN_KILL), who=header.pid, again=_again(header),
         )  # fmt: skip
         encoded = protocol.encode_create_out(
             self._entry(found), opened.handle, self._flags_of(opened), opened.backing

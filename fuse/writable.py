@@ -56,6 +56,7 @@ from fuse.filesystem import (
     Space,
     _check_name,
     _File,
+    _looked_up_again,
     _Recovered,
 )
 from fuse.nodes import Stale
@@ -174,10 +175,10 @@ class WritableFileSystem(FileSystem):
         self._modes[Kind.SYMLINK] = stat.S_IFLNK | 0o777
         # Files that are written though nobody opened them here, the latest ones.
         self._written = _Recovered()
-        # Under the lock: files that were landed for an open that is to come, and when; and what was unlinked
-        # and is still open.
+        # Under the lock: by path and who was refused, landing files that are kept open for an open that is to
+        # come, and since when; and what was unlinked and is still open.
         self._owing = threading.Lock()
-        self._owed: dict[int, float] = {}
+        self._owed: dict[tuple[int, int], list[tuple[LandedFile, float]]] = {}
         self._gone: set[int] = set()
         self._left = False
         self._counted = self._backings is None if counted is None else counted
@@ -285,18 +286,21 @@ class WritableFileSystem(FileSystem):
     def setattr(
         self, node: int, *, handle: int | None = None, size: int | None = None, mode: int | None = None,
         uid: int | None = None, gid: int | None = None, mtime_ns: int | None = None, kill: bool = False,
+        who: int = 0,
     ) -> Attributes:  # fmt: skip
-        """Change what is given. `kill`: drop suid and sgid, as whoever truncates may not keep them. Raises
-        Stale where it makes another version: look the name up again."""
+        """Change what is given. `kill`: drop suid and sgid, as whoever truncates may not keep them; `who`: as
+        of `open`. Raises Stale where it makes another version: look the name up again."""
         ino = nodes.path(node)
         if size is not None:
-            self._resize(node, handle, size)
+            with _looked_up_again():
+                self._resize(node, handle, size, who)
         if mode is None and (kill or uid is not None or gid is not None):
             mode = self._without_privileges(self._entry(node))
         if mode is not None:
             mode = stat.S_IMODE(mode)
         if any(value is not None for value in (mode, uid, gid, mtime_ns)):
-            self._overlay.set_attributes(ino, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns)
+            with _looked_up_again():
+                self._overlay.set_attributes(ino, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns)
             with suppress(NoSuchPath):
                 self._changed(self._overlay.entry(ino).parent)
         return self.getattr(node)
@@ -344,9 +348,10 @@ class WritableFileSystem(FileSystem):
 
     def create(
         self, parent: int, name: bytes, flags: int, mode: int, uid: int, gid: int, *,
-        kill: bool = False, again: bool = False,
+        kill: bool = False, who: int = 0, again: bool = False,
     ) -> tuple[Attributes, Opened]:  # fmt: skip
-        """Open a file that is made first where there is none. `flags` are those of open(2)."""
+        """Open a file that is made first where there is none. `flags` are those of open(2), `who` as of
+        `open`."""
         directory = self._directory_of(parent, name)
         owner, group, mode = self._owner(directory, uid, gid, mode)
         for _ in range(_RACES):
@@ -357,7 +362,7 @@ class WritableFileSystem(FileSystem):
                 if flags & os.O_EXCL and not again:
                     raise
                 with suppress(NoSuchPath, Stale):
-                    return self._open_existing(directory, name, flags, kill)
+                    return self._open_existing(directory, name, flags, kill, who)
                 continue
             opened = self._open_new(entry, flags)
             if opened is not None:
@@ -365,17 +370,17 @@ class WritableFileSystem(FileSystem):
         raise Stale(f"{name!r} comes and goes")
 
     def _open_existing(
-        self, directory: int, name: bytes, flags: int, kill: bool
+        self, directory: int, name: bytes, flags: int, kill: bool, who: int
     ) -> tuple[Attributes, Opened]:
         entry = self._overlay.lookup(directory, name)
         if entry.kind is not Kind.FILE:
             raise Refused(errno.EISDIR if entry.kind is Kind.DIRECTORY else errno.ELOOP)
         node = self._told(entry).node
         try:
-            opened = self.open(node, flags, kill=kill)
+            opened = self.open(node, flags, kill=kill, who=who)
         except Stale:  # it is another version now; the kernel need not hear of the one before
             node = self._told(self._overlay.lookup(directory, name)).node
-            opened = self.open(node, flags, kill=kill)
+            opened = self.open(node, flags, kill=kill, who=who)
         return self.getattr(node), opened
 
     def _open_new(self, entry: Entry, flags: int) -> Opened | None:
@@ -395,75 +400,101 @@ class WritableFileSystem(FileSystem):
     def _write_nothing(self, ino: int) -> None:
         self._overlay.closed(ino, self._overlay.open(ino, writing=True))
 
-    def open(self, node: int, flags: int, *, kill: bool = False) -> Opened:
-        """As `FileSystem.open`, for writing too. `kill`: drop suid and sgid."""
+    def open(self, node: int, flags: int, *, kill: bool = False, who: int = 0) -> Opened:
+        """As `FileSystem.open`, for writing too. `kill`: drop suid and sgid. `who`: the thread that opens it,
+        0 where that is not known. Who is told ESTALE, and comes again, finds the file landed."""
         writing, empties = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
         ino = nodes.path(node)
         self._give_up_owed()
         for _ in range(_RACES):
             if not (writing or empties or self._overlay.landed(ino)):
                 return super().open(node, os.O_RDONLY)
-            entry = self._overlay.entry(ino)
-            if not self._overlay.landed(ino):
-                if entry.kind is not Kind.FILE:
-                    raise IsADirectory(self._overlay.path(ino))
-                entry = self._land(node, truncate=empties)
-            self._nodes.check(node, entry, sole=True)
             try:
-                file = self._overlay.open(ino, writing=writing)
+                with _looked_up_again():
+                    file = self._landing_file(ino, who, writing=writing or empties, truncate=empties)
             except VersionChanged:
                 continue  # it was uploaded in this moment
-            if writing:
-                with self._owing:
-                    self._owed.pop(ino, None)
-            held = _File(node, entry, opened=_Bytes(ino, file, self._closed))
+            held = _File(node, self._overlay.entry(ino), opened=_Bytes(ino, file, self._closed))
             try:
-                # Not before it was open: what has this generation then, had it all the time.
-                held.entry = self._overlay.entry(ino)
                 self._nodes.check(node, held.entry, sole=True)
                 if empties:
                     self._empty(held, writing)
                 if kill:
                     self._drop_privileges(held.entry)
-                return self._bound(held, file, writing)
+                return self._bound(held, writing)
+            except Stale:
+                if file.writing:
+                    held.opened = None
+                    self._owe(ino, who, file)
+                self._let_go(held)
+                raise
             except BaseException:
                 self._let_go(held)
                 raise
         raise Stale(f"node {node} is written and uploaded all the time")
 
+    def _landing_file(self, ino: int, who: int, *, writing: bool, truncate: bool) -> LandedFile:
+        """The landing file of a path, which is landed where it is clean and `writing`. Raises VersionChanged
+        where it is uploaded meanwhile."""
+        if writing:
+            owed = self._paid(ino, who)
+            if owed is not None:
+                return owed
+            if not self._overlay.landed(ino):
+                entry = self._index.current(ino)
+                if entry.kind is not Kind.FILE:
+                    raise IsADirectory(self._overlay.path(ino))
+                self._overlay.land(ino, truncate=truncate)
+                self._changed(entry.parent)
+        return self._overlay.open(ino, writing=writing)
+
     def _empty(self, held: _File, writing: bool) -> None:
+        """Cut off all bytes, for whoever may do no more than that, too."""
         opened = held.opened
         assert isinstance(opened, _Bytes)
-        if writing:
-            opened.truncate(0)
-        else:
-            self._overlay.truncate(opened.ino, 0)
+        opened.truncate(0)
+        if not writing:
+            held.opened = _Bytes(opened.ino, self._overlay.open(opened.ino, writing=False), self._closed)
+            opened.close()
 
-    def _land(self, node: int, *, truncate: bool) -> Entry:
-        """Have a clean file landed. Who does it comes again, to open what it has become."""
-        self._check(node, self._index.current(nodes.path(node)))
-        entry = self._overlay.land(nodes.path(node), truncate=truncate)
+    def _owe(self, ino: int, who: int, file: LandedFile) -> None:
+        """Keep a file open for who was refused and comes again: it must be there then, as it is now. Else it
+        would be refused again where another has written, and the bucket got, the file meanwhile; and of a
+        second refusal its caller hears."""
         with self._owing:
-            self._owed[entry.ino] = self._clock.monotonic()
-        self._changed(entry.parent)
-        return entry
+            self._owed.setdefault((ino, who), []).append((file, self._clock.monotonic()))
+
+    def _paid(self, ino: int, who: int) -> LandedFile | None:
+        """What was kept open for `who`."""
+        with self._owing:
+            files = self._owed.get((ino, who))
+            if files is None:
+                return None
+            file, _ = files.pop()
+            if not files:
+                del self._owed[ino, who]
+            return file
 
     def _give_up_owed(self, *, all: bool = False) -> None:
-        """Who had a file landed was killed, or refused, before it opened what it has become: it is the clean
-        file that it was."""
+        """Who was refused was killed before it came again: it is the file that it was."""
         if not self._owed:
             return
         until = self._clock.monotonic() - OWED
+        late: list[tuple[int, LandedFile]] = []
         with self._owing:
-            late = [ino for ino, since in self._owed.items() if all or since <= until]
-            for ino in late:
-                del self._owed[ino]
-        for ino in late:
+            for (ino, who), files in list(self._owed.items()):
+                late += [(ino, file) for file, since in files if all or since <= until]
+                files[:] = [] if all else [one for one in files if one[1] > until]
+                if not files:
+                    del self._owed[ino, who]
+        for ino, file in late:
             with suppress(DatacacheError):
-                self._write_nothing(ino)
+                self._overlay.closed(ino, file)
 
-    def _bound(self, held: _File, file: LandedFile, writing: bool) -> Opened:
+    def _bound(self, held: _File, writing: bool) -> Opened:
         """Open the node of a landed file, as others have it open where they do."""
+        assert isinstance(held.opened, _Bytes)
+        file = held.opened.file
         while True:
             number = self._lent(held, file)
             bound = self._nodes.open(held.node, held.entry, held.passed, sole=True)
@@ -571,23 +602,27 @@ class WritableFileSystem(FileSystem):
         with self._by_node_written(node) as opened:
             opened.allocate(mode, offset, length)
 
-    def _resize(self, node: int, handle: int | None, size: int) -> None:
+    def _resize(self, node: int, handle: int | None, size: int, who: int) -> None:
         file = self._files.get(handle) if handle is not None else None
         if file is not None:
             _to_write(file).truncate(size)
             return
         ino = nodes.path(node)
         for _ in range(_RACES):
-            entry = self._overlay.entry(ino)
-            if entry.kind is Kind.DIRECTORY:
+            if self._overlay.entry(ino).kind is Kind.DIRECTORY:
                 raise IsADirectory(self._overlay.path(ino))
-            if not self._overlay.landed(ino):
-                entry = self._land(node, truncate=not size)
-            self._nodes.check(node, entry, sole=True)
             with suppress(VersionChanged):
-                self._overlay.truncate(ino, size)
-                with self._owing:
-                    self._owed.pop(ino, None)
+                found = self._landing_file(ino, who, writing=True, truncate=not size)
+                try:
+                    self._nodes.check(node, self._overlay.entry(ino), sole=True)
+                except Stale:
+                    self._owe(ino, who, found)
+                    raise
+                opened = _Bytes(ino, found, self._closed)
+                try:
+                    opened.truncate(size)
+                finally:
+                    opened.close()
                 return
         raise Stale(f"node {node} is written and uploaded all the time")
 
@@ -639,6 +674,7 @@ class WritableFileSystem(FileSystem):
 
     def leave(self) -> None:
         # What is being written is not closed, so it is not called so.
+        self._give_up_owed(all=True)
         self._left = True
 
     def close(self) -> None:

@@ -205,6 +205,66 @@ def test_whoever_writes_a_file_has_the_same_node(it: Life) -> None:
         it.files.release(opened.handle)
 
 
+@pytest.mark.parametrize("flags", [RW, WO | os.O_APPEND, RO | os.O_TRUNC])
+def test_who_was_refused_once_is_not_refused_again(it: Life, flags: int) -> None:
+    """Of a second ESTALE in a row its caller would hear. Another writes the file meanwhile, and it would be
+    uploaded; but that waits for who is to come, and who comes is counted once."""
+    with pytest.raises(Stale):
+        it.files.open(it.node("old"), flags, who=7)
+    node, other = it.open("old", WO)
+    it.files.write(other.handle, 0, b"WHAT", node=node)
+    it.files.release(other.handle)
+    it.mounted.pay()
+    assert it.mounted.overlay.landed(nodes.path(node)), "nobody has come for it yet"
+    opened = it.files.open(it.node("old"), flags, who=7)
+    it.files.release(opened.handle)
+    assert not it.writers
+    it.mounted.drain()
+    assert not it.mounted.overlay.landed(nodes.path(node))
+    assert it.content("old") == (b"" if flags & os.O_TRUNC else b"WHAT" + OLD[4:])
+
+
+def test_who_truncates_is_refused_once_only(it: Life) -> None:
+    """The same of truncate(2)."""
+    with pytest.raises(Stale):
+        it.files.setattr(it.node("old"), size=3, who=7)
+    it.write("old", b"another")
+    it.mounted.pay()
+    assert it.files.setattr(it.node("old"), size=3, who=7).size == 3
+    assert not it.writers
+    it.mounted.drain()
+    assert it.content("old") == b"ano"
+
+
+def test_a_newer_version_is_landed_at_once(it: Life) -> None:
+    """Who wants to write to a version that somebody else has replaced in the bucket is refused for that, and
+    for being a writer, in one."""
+    before = it.node("old")
+    it.mounted.place.bucket.put("old", b"theirs")
+    it.mounted.place.clock.advance(61)
+    with pytest.raises(Stale):
+        it.files.open(before, RW)
+    opened = it.files.open(it.node("old"), RW)
+    assert it.content("old") == b"theirs"
+    it.files.release(opened.handle)
+
+
+@pytest.mark.parametrize("flags", [RO, RW, WO | os.O_TRUNC])
+def test_what_another_file_has_taken_the_place_of_is_looked_up_again(it: Life, flags: int) -> None:
+    """Who opens a name in the moment in which another file is renamed to it finds that one: never ENOENT."""
+    before = it.node("old")
+    it.make("new", b"new")
+    it.files.rename(ROOT, b"new", ROOT, b"old")
+    for call in (
+        lambda: it.files.open(before, flags),
+        lambda: it.files.setattr(before, size=0),
+        lambda: it.files.setattr(before, mode=0o600),
+        lambda: it.files.setattr(before, mtime_ns=1),
+    ):
+        assert it.files.failed("open", _raised(call)) == errno.ESTALE
+    assert it.content("old") == b"new"
+
+
 def test_truncation_at_open(it: Life) -> None:
     """Of a clean file no byte is brought; of a landed one none is kept; whatever the mode."""
     it.write("old", b"short")

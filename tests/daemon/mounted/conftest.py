@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from datacache.config.settings import (
     MountSettings,
     Settings,
     TierSettings,
+    UploadSettings,
     WritingSettings,
 )
 from datacache.errors import ControlError
@@ -216,3 +217,69 @@ def daemon(tmp_path: Path, bucket: Path, driver: str) -> Iterator[Start]:
         one.stop()
     log = (tmp_path / "daemon.log").read_text() if made and made[0].log.exists() else ""
     assert "Traceback" not in log, log
+
+
+# ---- mounts that can be written to ---------------------------------------------------------------
+
+WAYS = ("passthrough", "served", "pyfuse3")
+"""Where the kernel writes the files itself, where it may not, and on the portable driver."""
+
+
+def check_way(way: str) -> None:
+    """Skip the test where this kernel does not have it."""
+    if way != "pyfuse3" and not mountpoint.is_native("auto"):
+        pytest.skip("this kernel is older than Linux 6.9, where the native driver begins")
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    """Each test of what is written runs in all ways."""
+    check_way(request.param)
+    return str(request.param)
+
+
+@contextlib.contextmanager
+def writable(
+    base: Path, way: str, store: MountPoint, *, environment: Mapping[str, str] | None = None,
+    bucket: Path | None = None, name: str = "mnt", writing: WritingSettings | None = None,
+    upload: UploadSettings | None = None, index: IndexSettings | None = None, start: bool = True,
+) -> Iterator[Daemon]:  # fmt: skip
+    """`store` mounted read-write at `base/name`, with all that the mount keeps below `base`, in one `way`.
+    `bucket` is where its objects lie as files, if they do."""
+    check_way(way)
+    directory = base / name
+    directory.mkdir(exist_ok=True)
+    settings = Settings(
+        dataset=Dataset("test", (store,)),
+        state=str(base / "state"),
+        runtime=str(base / "runtime"),
+        environment=environment or {},
+        cache=CacheSettings(tiers=(TierSettings(Medium.SSD, str(base / "cache"), 1024 * MiB),)),
+        index=index or IndexSettings(),
+        writing=replace(writing or WritingSettings(), enabled=True, landing=str(base / "landing")),
+        upload=upload or UploadSettings(),
+        mount=MountSettings(
+            directory=str(directory), driver="pyfuse3" if way == "pyfuse3" else "native", allow_other=True
+        ),
+    )
+    one = Daemon(bucket or base, settings, log=base / "daemon.log")
+    try:
+        if start:
+            start_writable(one, way)
+        yield one
+    finally:
+        one.stop()
+    assert "Traceback" not in (log := one.log.read_text() if one.log.exists() else ""), log
+
+
+def start_writable(one: Daemon, way: str) -> None:
+    """Mount it, or mount it again."""
+    if way == "served":
+        # Who may not register files with the kernel has to serve them: the mount is made by us.
+        one.via = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
+        descriptor = mountpoint.mount(str(one.directory), source="test", allow_other=True, writable=True)
+        one.start(descriptor=descriptor)
+        os.close(descriptor)
+    else:
+        one.start()
+    assert one.answer.get("ok"), f"{one.answer}\n{one.log.read_text()}"
