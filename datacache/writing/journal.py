@@ -6,8 +6,8 @@ bucket is owed; a hidden name is one that the bucket still shows and we do not. 
 and key, so a journal can be read without the catalogue of names that its numbers belong to.
 
 Transactions are committed without waiting for the disk: they survive the death of the process, not a
-power cut. `sync` makes all that were committed before durable, by one fdatasync of the WAL that
-everybody who waits shares. A checkpoint syncs by itself what it needs (SQLite, synchronous=NORMAL).
+power cut. `sync` makes all that were committed before durable, by one fdatasync of the WAL. A checkpoint
+syncs by itself what it needs (SQLite, synchronous=NORMAL).
 """
 
 import enum
@@ -173,11 +173,7 @@ class Journal:
             self._wal = os.open(path + "-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except sqlite3.Error as error:
             raise self._broken(error) from error
-        # Under `_waiting`: which syncs there were, for whoever came while one was under way.
-        self._waiting = threading.Condition()
-        self._syncs_begun = self._syncs_done = 0
-        self._syncing = False
-        self._failed: OSError | None = None
+        self._failed: OSError | None = None  # of a sync
 
     def _open(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -222,34 +218,15 @@ class Journal:
     # ---- durability ------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """Return when all that was committed before the call is on the disk. Raises LandingBroken."""
-        with self._waiting:
-            needed = self._syncs_begun + 1  # one that begins after now
-            while self._syncs_done < needed and self._syncing:
-                self._waiting.wait()
-            if self._syncs_done >= needed:
-                self._check()
+        """Return when all that was committed before the call is on the disk. Raises LandingBroken, and from
+        then on: a sync that failed may have dropped what it was about."""
+        if self._failed is None:
+            try:
+                os.fdatasync(self._wal)
                 return
-            self._syncing = True
-            self._syncs_begun += 1
-            mine = self._syncs_begun
-        failed: OSError | None = None
-        try:
-            os.fdatasync(self._wal)
-        except OSError as error:
-            failed = error
-        with self._waiting:
-            self._syncing = False
-            self._syncs_done = mine
-            self._failed = (
-                self._failed or failed
-            )  # a failed sync may have dropped what it was about: for ever
-            self._waiting.notify_all()
-            self._check()
-
-    def _check(self) -> None:
-        if self._failed is not None:
-            raise LandingBroken(f"{self.path} cannot be synced: {self._failed.strerror}") from self._failed
+            except OSError as error:
+                self._failed = error
+        raise LandingBroken(f"{self.path} cannot be synced: {self._failed.strerror}") from self._failed
 
     # ---- changes ---------------------------------------------------------------------------------
 

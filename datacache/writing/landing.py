@@ -133,7 +133,7 @@ class Landing:
             raise _broken(self.directory, error) from error
         self._lock = threading.Lock()  # guards the next two
         self._next = max(self.files(), default=0) + 1
-        self._unsynced: set[int] = set()  # names that a power cut may take
+        self._unsynced = False  # there are names that a power cut may take
         self.leases = True
         """Whether the file system can tell who writes; found out by the first that asks."""
 
@@ -166,7 +166,6 @@ class Landing:
         self.check_room()
         with self._lock:
             number, self._next = self._next, self._next + 1
-            self._unsynced.add(number)
         step("landing.before.create")
         try:
             os.close(
@@ -176,6 +175,8 @@ class Landing:
             )
         except OSError as error:
             raise _broken(self.directory, error) from error
+        with self._lock:
+            self._unsynced = True
         step("landing.after.create")
         return number
 
@@ -212,22 +213,28 @@ class Landing:
             raise _broken(self.directory, error) from error
 
     def sync(self, number: int) -> None:
-        """Return when the file's bytes, and its name, are on the disk. Raises LandingBroken."""
+        """Return when the file's bytes are on the disk. Raises LandingBroken."""
         step("landing.before.sync")
         file = self.open(number, writing=False)
         try:
             os.fsync(file.descriptor)
-            with self._lock:
-                new = number in self._unsynced
-            if new:
-                os.fsync(self._at)
-                with self._lock:
-                    self._unsynced.discard(number)
         except OSError as error:
             raise _broken(self.directory, error) from error
         finally:
             file.close()
         step("landing.after.sync")
+
+    def sync_names(self) -> None:
+        """Return when the names of all files made so far are on the disk. Raises LandingBroken."""
+        with self._lock:
+            new, self._unsynced = self._unsynced, False
+        if new:
+            try:
+                os.fsync(self._at)
+            except OSError as error:
+                with self._lock:
+                    self._unsynced = True
+                raise _broken(self.directory, error) from error
 
     def quiet(self, number: int) -> Quiet | None:
         """The bytes of a file that nobody can write to until this is closed; None where somebody can.
@@ -258,8 +265,6 @@ class Landing:
         step("landing.before.discard")
         with suppress(FileNotFoundError):
             os.unlink(str(number), dir_fd=self._at)
-        with self._lock:
-            self._unsynced.discard(number)
         step("landing.after.discard")
 
     def room(self) -> Room:

@@ -5,6 +5,8 @@ It changes by transactions only. A `Batch` writes to the journal at once, and sa
 it; that follows when the journal has committed. So what is found here is always what the next process
 would find, and a transaction that fails changes nothing.
 
+It becomes durable in rounds: one sync of the disk for all who ask before it begins.
+
 Locks: `lock` is held by whoever changes anything. Who only looks names up takes none: nodes are frozen
 values, and in one batch what adds a name is done before what takes one away.
 """
@@ -24,6 +26,7 @@ from datacache.index.live import LiveIndex
 from datacache.model import Kind
 from datacache.writing.journal import Attributes, Change, Hidden, Journal, Node, Op, OpKind
 from datacache.writing.landing import Landing, Quiet
+from datacache.writing.rounds import Rounds
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class Ledger:
     def __init__(self, journal: Journal, landing: Landing, index: LiveIndex) -> None:
         """Empty: `resuming` fills it with what the journal has. `index` is told what is hidden."""
         self.journal, self.landing, self._index = journal, landing, index
+        self._syncs = Rounds(self._sync_disk)
         self.lock = threading.RLock()
         self.nodes: dict[int, Node] = {}
         self.names: dict[int, dict[bytes, int]] = {}
@@ -101,21 +105,29 @@ class Ledger:
             _log.warning("%s: names that were changed follow when the mount is started again", error)
 
     def sync(self) -> None:
-        """Make the journal durable, and then remove the files that it does not name any more: a power cut
-        must not bring back a name whose bytes are gone. Raises LandingBroken."""
-        with self.lock:
-            some, self._dispensable = self._dispensable, set()
+        """Return when all that was committed before is durable, and the names of landing files are. Raises
+        LandingBroken."""
+        some: set[int] = set()
+        if self._dispensable:
+            with self.lock:
+                some, self._dispensable = self._dispensable, set()
         try:
-            self.journal.sync()
+            self._syncs.do()
         except BaseException:
             with self.lock:
                 self._dispensable |= some
             raise
-        with self.lock:
-            for landing in some:
-                if not self._named[landing]:
-                    del self._named[landing]
-                    self.landing.discard(landing)
+        # Only now: a power cut must not bring back a name whose bytes are gone.
+        if some:
+            with self.lock:
+                for landing in some:
+                    if not self._named[landing]:
+                        del self._named[landing]
+                        self.landing.discard(landing)
+
+    def _sync_disk(self) -> None:
+        self.landing.sync_names()
+        self.journal.sync()
 
     def clean_up(self) -> None:
         """Remove landing files that nobody names: what was begun, and never acknowledged."""

@@ -721,7 +721,7 @@ class Overlay:
                 if self.ledger.nodes.get(ino) is node:
                     raise
                 # It was uploaded in this moment: the bucket has it.
-        self.ledger.sync()
+        self.ledger.sync()  # after the bytes: what the journal names then is there
 
     def sync_names(self) -> None:
         """Return when all changes of names so far are on the disk."""

@@ -130,7 +130,7 @@ class Settling:
             changed = now._replace(resume=resume)
             with self._ledger.changing("remember") as batch:
                 batch.update_op(changed)
-        self._ledger.journal.sync()
+        self._ledger.sync()
         return changed
 
     def settled(self, op: Op, stored: Stored | None, content: Quiet | None) -> None:
