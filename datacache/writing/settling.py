@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from datacache.config.settings import Conflict
-from datacache.errors import LandingBroken, NoSuchPath
+from datacache.errors import LandingBroken, NoSuchPath, Stopped
 from datacache.index import names
 from datacache.model import Entry, Kind
 from datacache.sources.sink import Stored
@@ -223,7 +223,8 @@ class Settling:
                 op.ino, node.parent, node.name, Kind.FILE, info.size, info.mtime_ns, op.mount, op.key,
                 info.version,
             )  # fmt: skip
-            self._keep(entry, content)
+            with suppress(Stopped):  # somebody writes to it again: the cache has a part of it
+                self._keep(entry, content)
 
     def _put(self, op: Op, stored: Stored) -> None:
         """The bucket holds what a node is: it is clean from now on."""

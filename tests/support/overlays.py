@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +69,8 @@ class Mounted:
         self.landing = Landing(str(place.root), Owner(os.getpid(), "", ""), reserve=0.0)
         self.journal = Journal(self.landing.journal)
         self.kept: dict[str, bytes] = {}
+        self.before_kept: Callable[[], object] = lambda: None
+        """Called before bytes that the store has now are put into the cache."""
         self.overlay = Overlay(
             index, self.journal, self.landing, clock=place.clock, bring=self._bring,
             roots=[ROOT], resumed=resumed,
@@ -79,6 +82,7 @@ class Mounted:
         os.pwrite(descriptor, self.place.bucket.read(info, ByteRange(0, entry.size)), 0)
 
     def _keep(self, entry: Entry, content: Quiet) -> None:
+        self.before_kept()
         self.kept[entry.key] = bytes(content.read(0, content.size))
 
     def close(self) -> None:

@@ -35,3 +35,20 @@ def test_clean_files_can_be_swapped(mounted: Mounted, paid: bool) -> None:
     mounted.drain()
     assert mounted.tree() == {"/a": b"b", "/b": b"a"}
     assert not mounted.settling.ops()
+
+
+def test_a_file_is_written_while_its_copy_is_made(mounted: Mounted) -> None:
+    """What the bucket has got is known, though nothing of it can be kept: the next content replaces it, and
+    is sent once."""
+    mounted.write("/new", b"first")
+    mounted.before_kept = lambda: mounted.write("/new", b"second")
+    assert mounted.pay()
+    assert not mounted.kept
+    mounted.before_kept = lambda: None
+    assert mounted.place.marks["new"].endswith(".0")
+    stored = mounted.in_bucket("new")
+    (op,) = mounted.settling.ops()
+    assert stored is not None
+    assert op.expected == stored.version
+    mounted.drain()
+    assert mounted.kept["new"] == b"second"
