@@ -283,3 +283,11 @@ def start_writable(one: Daemon, way: str) -> None:
     else:
         one.start()
     assert one.answer.get("ok"), f"{one.answer}\n{one.log.read_text()}"
+
+
+def flushed(one: Daemon, *, seconds: float = 60.0) -> None:
+    """Return when all that is due is in the bucket."""
+    deadline = time.monotonic() + seconds
+    while not (said := one.control().flush("/", timeout=5))["clean"]:
+        assert time.monotonic() < deadline, f"it does not get there: {said}\n{one.log.read_text()}"
+    assert not said["open"], f"something is still open for writing: {said}"
