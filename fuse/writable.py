@@ -64,6 +64,10 @@ from fuse.nodes import Stale
 OWED = 30.0
 """Seconds after which a file that was landed for a writer who never came back is called closed."""
 
+BORN = 0.1
+"""Seconds for which the kernel may believe what it is told of a file that it has had made. It forgets that by
+itself when the file is written to; without it, it would ask again before the open that made it is done."""
+
 FREE_FILES = 1 << 20
 """How many files more statfs says there is room for; a bucket knows no limit."""
 
@@ -366,7 +370,7 @@ class WritableFileSystem(FileSystem):
                 continue
             opened = self._open_new(entry, flags)
             if opened is not None:
-                return self._named(directory, name), opened
+                return self._told(entry)._replace(attr_timeout=BORN), opened
         raise Stale(f"{name!r} comes and goes")
 
     def _open_existing(

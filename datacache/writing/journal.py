@@ -313,7 +313,11 @@ class Change:
 
     def put_node(self, node: Node) -> None:
         """Keep it, in place of what has its `ino`."""
-        self._run(f"INSERT OR REPLACE INTO nodes ({_NODE}) VALUES ({_marks(_NODE)})", _of_node(node))
+        self._run(_PUT_NODE, _of_node(node))
+
+    def set_writers(self, ino: int, writers: int) -> None:
+        """Keep how many have a node open for writing."""
+        self._run("UPDATE nodes SET writers=? WHERE ino=?", (writers, ino))
 
     def drop_node(self, ino: int) -> None:
         self._run("DELETE FROM nodes WHERE ino=?", (ino,))
@@ -321,13 +325,13 @@ class Change:
     def add_op(self, op: Op) -> Op:
         """Add it at the end of the order, or where its `seq` says; as it is then."""
         values = (op.seq or None, *_of_op(op)[1:])
-        seq = self._run(f"INSERT INTO ops ({_OP}) VALUES ({_marks(_OP)})", values).lastrowid
+        seq = self._run(_ADD_OP, values).lastrowid
         assert seq is not None
         return op._replace(seq=seq)
 
     def update_op(self, op: Op) -> None:
         """Keep it in place of what has its `seq`."""
-        self._run(f"INSERT OR REPLACE INTO ops ({_OP}) VALUES ({_marks(_OP)})", _of_op(op))
+        self._run(_PUT_OP, _of_op(op))
 
     def drop_op(self, seq: int) -> None:
         self._run("DELETE FROM ops WHERE seq=?", (seq,))
@@ -373,6 +377,11 @@ _OP = "seq, id, kind, ino, mount, key, barrier, expected, landing, origin, since
 
 def _marks(columns: str) -> str:
     return ",".join("?" * (columns.count(",") + 1))
+
+
+_PUT_NODE = f"INSERT OR REPLACE INTO nodes ({_NODE}) VALUES ({_marks(_NODE)})"
+_ADD_OP = f"INSERT INTO ops ({_OP}) VALUES ({_marks(_OP)})"
+_PUT_OP = f"INSERT OR REPLACE INTO ops ({_OP}) VALUES ({_marks(_OP)})"
 
 
 def _of_node(node: Node) -> tuple[Any, ...]:

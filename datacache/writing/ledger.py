@@ -261,6 +261,13 @@ class Batch:
         self._change.put_node(node)
         self.then(lambda: self._ledger.set_node(node))
 
+    def set_writers(self, node: Node, writers: int) -> Node:
+        """The node as it is with so many who have it open for writing."""
+        self._change.set_writers(node.ino, writers)
+        new = node._replace(writers=writers)
+        self.then(lambda: self._ledger.set_node(new))
+        return new
+
     def drop_node(self, node: Node) -> None:
         self._change.drop_node(node.ino)
         self._last.append(lambda: self._ledger.unset_node(node.ino))

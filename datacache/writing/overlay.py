@@ -654,18 +654,19 @@ class Overlay:
             node = self.ledger.nodes.get(ino)
             if node is None or not node.landing:
                 raise VersionChanged("it was uploaded in this moment")
-            file = self._landing.open(node.landing, writing=False)
-            try:
-                if writing:
-                    if ino in self.ledger.granted:
-                        self.ledger.granted.discard(ino)
-                    else:
+            if writing and ino in self.ledger.granted:
+                file = self._landing.open(node.landing, writing=True)
+                self.ledger.granted.discard(ino)
+            else:
+                file = self._landing.open(node.landing, writing=False)
+                try:
+                    if writing:
                         self._begin_writing(node)  # before it is opened so: an upload holds a lease
-                    readable, file = file, self._landing.open(node.landing, writing=True)
-                    readable.close()
-            except BaseException:
-                file.close()
-                raise
+                        readable, file = file, self._landing.open(node.landing, writing=True)
+                        readable.close()
+                except BaseException:
+                    file.close()
+                    raise
             self._users[ino] += 1
             if writing:
                 self._writing[ino] += 1
@@ -746,7 +747,7 @@ class Overlay:
         """Somebody will write: no upload may read it, and what was sent is another content."""
         op = self.ledger.ops.get(self.ledger.puts.get(node.ino, 0))
         with self.ledger.changing("open") as batch:
-            batch.put_node(node._replace(writers=node.writers + 1))
+            batch.set_writers(node, node.writers + 1)
             if op is not None and op.since and not node.writers:
                 batch.update_op(op._replace(id=next_id(op.id), resume=""))
                 batch.then(lambda: self.owing.edit(op))
@@ -755,14 +756,13 @@ class Overlay:
         node = self.ledger.nodes.get(ino)
         if node is None or not node.writers:
             return
-        new = node._replace(writers=node.writers - 1)
         op = self.ledger.ops.get(self.ledger.puts.get(ino, 0))
-        last = not new.writers and not new.orphan
-        if last and op is not None and not op.since and self._is_unchanged(new):
-            self._take_off(new, op)
+        last = node.writers == 1 and not node.orphan
+        if last and op is not None and not op.since and self._is_unchanged(node):
+            self._take_off(node, op)
             return
         with self.ledger.changing("close") as batch:
-            batch.put_node(new)
+            batch.set_writers(node, node.writers - 1)
             if last and op is not None and not op.since:
                 batch.drop_op(op)
                 batch.add_op(op._replace(seq=0, since=self._clock.wall()))

@@ -7,7 +7,7 @@ owed before it is superseded. One that is under way is not called back, since it
 is told that nobody waits for it, and what follows it is of its lineage.
 """
 
-import uuid
+import os
 from typing import Protocol
 
 from datacache.clock import Clock
@@ -122,7 +122,7 @@ class Owing:
 
 
 def new_id() -> str:
-    return f"{uuid.uuid4().hex}.0"
+    return f"{os.urandom(16).hex()}.0"
 
 
 def next_id(id: str) -> str:

@@ -40,7 +40,7 @@ def go_on(ledger: Ledger, index: LiveIndex, clock: Clock, *, leases_tell: bool) 
         with ledger.changing("resume") as batch:
             for node in nodes:
                 if node.writers:
-                    batch.put_node(node._replace(writers=0))
+                    batch.set_writers(node, 0)
             for op in ledger.ops.values():
                 if not op.since:
                     batch.update_op(op._replace(since=clock.wall()))

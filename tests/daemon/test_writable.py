@@ -155,6 +155,18 @@ def refused(call: Callable[..., object], *args: object, **more: object) -> int:
 # ---- opening -------------------------------------------------------------------------------------
 
 
+def test_what_is_told_of_a_file_that_was_made_is_believed_until_the_open_is_done(it: Life) -> None:
+    """Else the kernel asks a second time before the same open(2) returns. Of one that was there it must."""
+    flags = os.O_CREAT | os.O_WRONLY
+    found, opened = it.files.create(ROOT, b"new", flags, 0o640, 1, 2)
+    assert 0 < found.attr_timeout <= 0.1
+    again, other = it.files.create(ROOT, b"new", flags, 0o640, 1, 2)
+    assert again.attr_timeout == 0.0
+    assert it.files.lookup(ROOT, b"new").attr_timeout == 0.0
+    it.files.release(opened.handle)
+    it.files.release(other.handle)
+
+
 def test_a_new_file_is_written_and_read(it: Life) -> None:
     """Its size and time are as they are now, and are not to be believed for any time."""
     node, opened = it.make("new", b"first ", mode=0o640)
