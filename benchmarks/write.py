@@ -91,30 +91,13 @@ class WritablePortable(Writable):
 class RcloneWriting(Rclone):
     """rclone mount, VFS cache writes."""
 
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            ["rclone", "mount", f"b:{self.bucket}", str(self.mount), "--vfs-cache-mode", "writes"]
-            + ["--cache-dir", str(self.cache), "--dir-cache-time", "1h", "--config", os.devnull],
-            env=self.environment(),
-            stderr=subprocess.DEVNULL,
-        )
-        self._wait_mounted(self._process)
+    options = ("--vfs-cache-mode", "writes")
 
 
 class S3fsWriting(S3fs):
     """s3fs with a disk cache."""
 
-    def start(self) -> None:
-        password = self.scratch / "passwd"
-        password.write_text(f"{KEY}:{SECRET}")
-        password.chmod(0o600)
-        self._process = subprocess.Popen(
-            ["s3fs", self.bucket, str(self.mount), "-f", "-o", f"url={self.endpoint},use_path_request_style"]
-            + ["-o", f"passwd_file={password},use_cache={self.cache},endpoint={REGION}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        self._wait_mounted(self._process)
+    options = ()
 
 
 class Run:
