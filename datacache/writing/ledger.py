@@ -55,6 +55,8 @@ class Ledger:
         """Directory and name, by mount and key."""
         self.ops: dict[int, Op] = {}
         """In the order of `seq`."""
+        self.changed: set[int] = set()
+        """The `seq` of those that the uploader has not seen as they are now, or gone."""
         self.by_key: dict[tuple[int, str], list[int]] = {}
         """The `seq` of all that reads or changes a key, in order."""
         self.puts: dict[int, int] = {}
@@ -184,6 +186,7 @@ class Ledger:
         if before is not None:
             self._unlist(before)
         self.ops[op.seq] = op  # in its place, where it had one
+        self.changed.add(op.seq)
         self._named[op.landing] += 1
         for key in dict.fromkeys(op.keys):
             there = self.by_key.setdefault(key, [])
@@ -196,6 +199,7 @@ class Ledger:
 
     def unset_op(self, seq: int) -> None:
         before = self.ops.pop(seq, None)
+        self.changed.add(seq)
         self.tried.discard(seq)
         if before is not None:
             self._unlist(before)

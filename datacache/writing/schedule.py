@@ -220,28 +220,6 @@ class Plan:
             self._news.add(first)
 
 
-class Differences:
-    """What changes from one list of all operations to the next.
-
-    Operations are frozen values that whoever lists them keeps, so the same one is the same object: what is
-    compared is identity, a hundred thousand in a tenth of a second.
-    """
-
-    def __init__(self) -> None:
-        self._before: Sequence[Op] = ()  # kept: while these live, no other has the `id` of one
-        self._known: set[int] = set()
-
-    def next(self, now: Sequence[Op]) -> tuple[list[Op], list[int]]:
-        """What is new in `now`, or another than it was; and the `seq` of what is there no more."""
-        found = set(map(id, now))
-        fresh, stale = found - self._known, self._known - found
-        new = [op for op in now if id(op) in fresh] if fresh else []
-        there = {op.seq for op in new}
-        gone = [op.seq for op in self._before if id(op) in stale and op.seq not in there] if stale else []
-        self._before, self._known = now, found
-        return new, gone
-
-
 def _target(op: Op) -> Key:
     return op.mount, op.key
 

@@ -11,7 +11,7 @@ What an attempt comes to is a value (`Outcome`), or an error. Who tries again, a
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,7 +42,10 @@ class Work(Protocol):
     """
 
     def ops(self) -> Sequence[Op]:
-        """All that is pending, in order. An operation that has not changed is the same object as before."""
+        """All that is pending, in order."""
+
+    def changed(self) -> Collection[int]:
+        """`seq` of what is new, or another, or not pending any more, since this was asked before."""
 
     def op(self, seq: int) -> Op | None:
         """One of them, as it is now."""

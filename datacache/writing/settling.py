@@ -7,7 +7,7 @@ somebody else has changed the object, and nobody's data is lost (`Conflict`).
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -69,6 +69,12 @@ class Settling:
         """All that is pending, in order."""
         with self._lock:
             return list(self._ledger.ops.values())
+
+    def changed(self) -> Collection[int]:
+        """`seq` of what is new, or another, or not pending any more, since this was asked before."""
+        with self._lock:
+            changed, self._ledger.changed = self._ledger.changed, set()
+            return changed
 
     def op(self, seq: int) -> Op | None:
         """One of them, as it is now."""

@@ -37,7 +37,7 @@ from datacache.errors import (
 from datacache.sources.sink import SIZE, Sink
 from datacache.telemetry import redact
 from datacache.writing.journal import Op, OpKind
-from datacache.writing.schedule import Differences, Plan, needed
+from datacache.writing.schedule import Plan, needed
 from datacache.writing.sending import (
     JOURNAL_ID,
     Attempt,
@@ -63,11 +63,6 @@ ABANDONS = 3
 """Tries to let go of parts that nobody goes on with. The store's own list of them is there for the rest."""
 LISTED = 20
 """Operations that `stats` and `flush` name one by one."""
-SMALL = 1000
-"""Operations up to which the plan is brought up to date whenever anything has changed."""
-PER_OPERATION = 2e-5
-"""Seconds for which, beyond, it is left as it is, per operation: comparing takes 1 us each, so this is a
-twentieth of one core. What is new waits 2 s behind a hundred thousand others, unless it is flushed."""
 _CHUNK = 1000  # changes of the plan, or so, under one hold of the lock: some ms
 
 
@@ -213,16 +208,17 @@ class Uploader:
         self._jitter = jitter
         self._closes = settings.order is UploadOrder.CLOSES
         self._pace = Pace(settings.bandwidth, clock) if settings.bandwidth else None
-        # Guards what is read from `work` to be put into the plan, so that it gets there in that order.
+        # Guards what is read from `work` to be put into the plan, so that it gets there in that order; and
+        # which operations have changed since they were put there.
         self._planning = threading.Lock()
-        self._differences = Differences()
+        self._unseen: set[int] = set()
         # Guards all below. Invariant: whatever the plan says may begin and is not running is in `_placed`,
         # and as that very tuple in `_later` or in a line; other tuples there are forgotten ones.
         self._lock = threading.Lock()
         self._plan = Plan(closes=self._closes)
         self._changing = False  # the plan is half-way from one state to the next: nobody picks
         self._dirty = False  # something has changed that the plan does not know
-        self._next_look = 0.0
+        self._next_look = 0.0  # not before, for the last look failed
         self._inherited: int | None = None  # up to here, operations are from an earlier process
         self._running: dict[int, Attempt] = {}
         self._begun: dict[int, tuple[float, int]] = {}  # of those: when, and the store's answers until then
@@ -292,7 +288,8 @@ class Uploader:
         try:
             while True:
                 seen = self._conflicts
-                ops = self._bring_up_to_date()
+                ops = self._work.ops()
+                self._bring_up_to_date()  # now it has all of them that are still pending
                 wanted = {
                     op.seq
                     for op in ops
@@ -545,36 +542,35 @@ class Uploader:
             with self._lock:
                 self._dirty, self._next_look = True, self._clock.monotonic() + BACKOFF
 
-    def _bring_up_to_date(self, *, only_if_dirty: bool = False) -> Sequence[Op]:
-        """Have the plan be as the overlay says; all that is pending."""
+    def _bring_up_to_date(self, *, only_if_dirty: bool = False) -> None:
+        """Have the plan be as the overlay says."""
         with self._planning:
             with self._lock:
                 if only_if_dirty and not self._dirty:
-                    return ()
+                    return
                 self._dirty = False
-            ops, parked = self._work.ops(), self._work.parked()
-            new, gone = self._differences.next(ops)
+            self._unseen.update(self._work.changed())
+            if self._inherited is None:
+                self._unseen.update(op.seq for op in self._work.ops())
+            parked, unseen = self._work.parked(), sorted(self._unseen)
             try:
-                for start in range(0, len(gone), _CHUNK):
+                for start in range(0, len(unseen), _CHUNK):
+                    ops = [(seq, self._work.op(seq)) for seq in unseen[start : start + _CHUNK]]
                     with self._lock:
                         self._changing = True
-                        for seq in gone[start : start + _CHUNK]:
-                            self._drop(seq)
-                for start in range(0, len(new), _CHUNK):
-                    with self._lock:
-                        self._changing = True
-                        for op in new[start : start + _CHUNK]:
-                            self._have(op)
+                        for seq, op in ops:
+                            if op is None:
+                                self._drop(seq)
+                            else:
+                                self._have(op)
             finally:
                 with self._lock:
                     self._park(parked)
                     self._changing = False
-                    now = self._clock.monotonic()
-                    self._place_news(now)
-                    self._next_look = now + (PER_OPERATION * len(ops) if len(ops) > SMALL else 0.0)
-                    if self._inherited is None:
-                        self._inherited = max((op.seq for op in ops), default=0)
-        return ops
+                    self._place_news(self._clock.monotonic())
+            self._unseen.clear()
+            if self._inherited is None:
+                self._inherited = max(unseen, default=0)
 
     def _have(self, op: Op) -> None:
         self._plan.put(op)

@@ -84,6 +84,22 @@ class File:
     origin: ObjectInfo | None = None
 
 
+class Noted(dict[int, Op]):
+    """Operations by `seq`, and which of them have changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed: set[int] = set()
+
+    def __setitem__(self, seq: int, op: Op) -> None:
+        super().__setitem__(seq, op)
+        self.changed.add(seq)
+
+    def __delitem__(self, seq: int) -> None:
+        super().__delitem__(seq)
+        self.changed.add(seq)
+
+
 class FakeWork:
     """Files under keys of one mount, and what the bucket is owed for them: the overlay, without names."""
 
@@ -91,7 +107,7 @@ class FakeWork:
         self.clock, self.bucket = clock, bucket
         self.uploader: Uploader | None = None
         self.lock = threading.RLock()
-        self.pending: dict[int, Op] = {}
+        self.pending = Noted()
         self.running: dict[int, Landed | None] = {}
         self.files: dict[str, File] = {}
         self.landed: dict[int, bytes] = {}
@@ -223,6 +239,13 @@ class FakeWork:
             if self.broken is not None:
                 raise self.broken
             return list(self.pending.values())
+
+    def changed(self) -> set[int]:
+        with self.lock:
+            if self.broken is not None:
+                raise self.broken
+            changed, self.pending.changed = self.pending.changed, set()
+            return changed
 
     def op(self, seq: int) -> Op | None:
         return self.pending.get(seq)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from datacache.model import ObjectInfo, Version
 from datacache.writing.journal import Op, OpKind
-from datacache.writing.schedule import Differences, Plan, needed, runnable
+from datacache.writing.schedule import Plan, needed, runnable
 
 
 def put(seq: int, key: str, *, ino: int = 0, barrier: bool = False, origin: str = "", due: bool = True) -> Op:
@@ -79,16 +79,6 @@ def test_what_has_to_be_done_before_others() -> None:
     assert needed(ops, {5}) == {4, 5}, "a key"
     assert needed(ops, {6}) == {6, 7}, "the new name"
     assert needed(ops, {2}, closes=True) == {1, 2}
-
-
-def test_differences_are_told_from_one_list_to_the_next() -> None:
-    one, two, three = put(1, "a"), put(2, "b"), put(3, "c")
-    differences = Differences()
-    assert differences.next([one, two]) == ([one, two], [])
-    assert differences.next([one, two]) == ([], [])
-    edited = two._replace(since=9.0)
-    assert differences.next([edited, three]) == ([edited, three], [1])
-    assert differences.next([]) == ([], [2, 3])
 
 
 KEYS = st.sampled_from("abcd")
