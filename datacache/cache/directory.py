@@ -13,13 +13,14 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, read_owner
-from datacache.cache.store import Entry, Rules, Store
-from datacache.cache.tier import EntryStats, Standing, TierStats
+from datacache.cache.store import Entry, Rules, Store, Whole
+from datacache.cache.tier import EntryStats, Opened, Standing, TierStats
 from datacache.clock import Clock
 from datacache.errors import CacheError, Damaged, TierBroken, TierFull
 from datacache.model import Buffer, ByteRange, CacheKey, format_size
@@ -114,6 +115,26 @@ class DirectoryTier:
             except sqlite3.Error as error:
                 self.trouble(store, error)
         return None
+
+    def take(self, key: CacheKey, file: Opened) -> Callable[[], bool] | None:
+        store = self._store
+        if store is None:
+            return None
+        try:
+            whole = store.look_at(key, file)
+        except OSError as error:
+            log.debug("%s is not taken by %s: %s", key.key, self.name, error)
+            return None
+        return None if whole is None else partial(self._take, store, whole)
+
+    def _take(self, store: Store, whole: Whole) -> bool:
+        try:
+            return store.take(whole)
+        except TierFull as error:
+            log.debug("%s is not taken by %s: %s", whole.key.key, self.name, error)
+        except (OSError, sqlite3.Error) as error:
+            self.trouble(store, error)
+        return False
 
     def present(self, key: CacheKey) -> int:
         return sum(span.length for span in self.ranges(key))

@@ -115,6 +115,10 @@ class Disk:
     def rename(self, name: str, new: str, *, at: int) -> None:
         os.rename(name, new, src_dir_fd=at, dst_dir_fd=at)
 
+    def link(self, fd: int, name: str, *, at: int) -> None:
+        """Give the file that is open as `fd` one name more. FileNotFoundError where it has none any more."""
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=at, follow_symlinks=True)
+
     def unlink(self, name: str, *, at: int) -> None:
         os.unlink(name, dir_fd=at)
 

@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 
 from datacache.cache.disk import Handle
-from datacache.cache.tier import CachedFile, EntryStats, Lent, Standing, TierStats
+from datacache.cache.tier import CachedFile, EntryStats, Lent, Opened, Standing, TierStats
 from datacache.errors import Damaged, TierBroken, TierFull
 from datacache.model import Buffer, ByteRange, CacheKey, Coverage
 
@@ -131,6 +131,9 @@ class MemoryTier:
         with self._lock:
             copy = self._copies.get(key)
             return copy.covered.ranges() if copy is not None and not self.broken else []
+
+    def take(self, key: CacheKey, file: Opened) -> Callable[[], bool] | None:
+        return None
 
     def evict(self, key: CacheKey) -> int:
         with self._lock:

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 from uuid import uuid4
 
 from datacache.cache import catalogue as db
@@ -40,7 +41,7 @@ from datacache.cache.catalogue import Block, Catalogue, Held, Row, checksum
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, take_lock
 from datacache.cache.policy import Shortage, Stance, excess, pages, rank, shortage, victims
-from datacache.cache.tier import Standing
+from datacache.cache.tier import Opened, Standing
 from datacache.clock import Clock
 from datacache.config.settings import Policy
 from datacache.errors import Damaged, TierFull
@@ -148,6 +149,14 @@ class Entry:
         return found
 
 
+class Whole(NamedTuple):
+    """A file that can become an entry as it is."""
+
+    key: CacheKey
+    file: Opened
+    blocks: list[Block]
+
+
 class Store:
     """The copies in one directory. Thread-safe.
 
@@ -209,6 +218,7 @@ class Store:
         self._used += sum(self._lingering.values())
         self._read_elsewhere: set[bytes] = set()
         self._leases = True
+        self._links = True  # whether files may be had from elsewhere on the file system
         self._opened: dict[int, float] = {}
         self._verified: list[tuple[int, int]] = []
         self._unsynced: set[int] = set()
@@ -850,6 +860,73 @@ class Store:
             elif entry.handle is handle:
                 entry.handle = None
                 self._disk.unlink(db.file_name(entry.digest, entry.id), at=self._at.fd)
+
+    # ---- taking over ----------------------------------------------------------------------------
+
+    def look_at(self, key: CacheKey, file: Opened) -> "Whole | None":
+        """What `file` is in blocks, if it may be had by another name. Raises OSError."""
+        found = os.fstat(file.fd)
+        if not self._links or not key.size or not found.st_nlink or found.st_size != key.size:
+            return None
+        if found.st_dev != os.fstat(self._at.fd).st_dev:
+            return None
+        size, blocks = self.rules.block_size, []
+        for at in range(0, key.size, size):
+            piece = ByteRange(at, min(at + size, key.size))
+            data = self._disk.read(file.fd, piece.length, at)
+            if len(data) != piece.length:
+                return None
+            blocks.append(Block(at, piece.stop, checksum(data)))
+        return Whole(key, file, blocks)
+
+    def take(self, whole: "Whole") -> bool:
+        """Have a file that nobody can write to any more as an entry, unless there is one; whether there is
+        then. Raises TierFull, OSError, sqlite3.Error."""
+        digest, used = bytes.fromhex(whole.key.digest), sum(pages(b.start, b.stop) for b in whole.blocks)
+        self._reserve(used, inodes=0)
+        kept = False
+        try:
+            with self._stripe(digest):
+                with self._lock:
+                    there = digest in self._entries
+                if there or self.catalogue.held(digest) is not None:
+                    return True
+                kept = self._link(whole, digest, used)
+        finally:
+            with self._lock:
+                self._writing -= used
+                if not kept:
+                    self._used -= used
+        return kept
+
+    def _link(self, whole: "Whole", digest: bytes, used: int) -> bool:
+        """Record the file under a name of ours; whether it may have one."""
+        with self._lock:
+            number = self._next_id
+            self._next_id += 1
+        name = db.file_name(digest, number)
+        with suppress(FileExistsError):
+            os.mkdir(os.path.dirname(name), 0o700, dir_fd=self._at.fd)
+        try:
+            self._disk.link(whole.file.fd, name, at=self._at.fd)
+        except OSError as error:
+            # The same file system by two mounts, or one without links. ENOENT: its last name is gone.
+            self._links = error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP)
+            return False
+        try:
+            row = Row(
+                number, digest, whole.key, self._clock.wall(), pinned=False, superseded=False, used=used,
+                present=whole.key.size,
+            )  # fmt: skip
+            self.catalogue.add(row, self._dataset, whole.blocks)
+        except BaseException:
+            with suppress(OSError):  # else the next survey finds it
+                self._disk.unlink(name, at=self._at.fd)
+            raise
+        with self._lock:
+            self._count += 1
+            self._unsynced.add(number)
+        return True
 
     # ---- space ----------------------------------------------------------------------------------
 

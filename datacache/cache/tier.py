@@ -7,7 +7,7 @@ into leaves no trace. Nothing here ever makes a read fail for good: every error 
 `CacheError`, on which the reader goes to the store.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,6 +115,13 @@ class Lent(Protocol):
         """Let go. Idempotent; never raises."""
 
 
+class Opened(Protocol):
+    """A file that stays open as long as anybody refers to this."""
+
+    @property
+    def fd(self) -> int: ...
+
+
 class Tier(Protocol):
     """A place of copies. Thread-safe."""
 
@@ -134,6 +141,14 @@ class Tier(Protocol):
 
     def present(self, key: CacheKey) -> int:
         """Bytes present of `key`, without opening it."""
+
+    def take(self, key: CacheKey, file: Opened) -> Callable[[], bool] | None:
+        """How `file`, which is `key` byte for byte, becomes the entry by another name, without a copy; None:
+        fill the entry with its bytes.
+
+        The bytes are looked at now. The call that is returned may be made when nobody can write to the file
+        any more, ever; it tells whether there is an entry then. Neither raises.
+        """
 
     def evict(self, key: CacheKey) -> int:
         """Drop the entry; the bytes that it held. Open files of it stay readable. Pinned or not."""

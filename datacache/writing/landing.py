@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,12 +22,13 @@ from dataclasses import dataclass
 
 from datacache.cache.owner import Owner, OwnerLock, take_lock
 from datacache.errors import LandingBroken, LandingError, LandingFull, Stopped
-from datacache.model import Buffer, format_size
+from datacache.model import Buffer, MiB, format_size
 from datacache.writing.steps import step
 
 MANAGED = "datacache-landing"
 """The sub-directory of the chosen directory that is ours."""
 _FILES = "files"
+_PIECE = 8 * MiB  # copied at once
 _NAME = re.compile(r"^[0-9]{1,19}$")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -94,6 +96,16 @@ class Quiet:
                 return os.pread(self._descriptor, length, offset)
             except OSError as error:
                 raise LandingBroken(f"a landing file cannot be read: {error.strerror}") from error
+
+    def duplicate(self) -> int:
+        """Another descriptor of the file, for the caller to close. Raises Stopped, LandingBroken."""
+        with self._lock:
+            if self._descriptor < 0:
+                raise Stopped("somebody writes to the file again")
+            try:
+                return os.dup(self._descriptor)
+            except OSError as error:
+                raise LandingBroken(f"a landing file cannot be opened: {error.strerror}") from error
 
     def stop(self) -> None:
         """Let others write; what is read after this is Stopped. Idempotent."""
@@ -259,6 +271,31 @@ class Landing:
                 return Quiet(descriptor, leased=False)
             os.close(descriptor)
             raise _broken(self.directory, error) from error
+
+    def make_own(self, number: int) -> None:
+        """See to it that a file has no name elsewhere. Only for a file that nobody has open: a power cut may
+        bring back a node whose upload was noted, when the cache had its file already. Raises LandingFull,
+        LandingBroken."""
+        if self.stat(number).st_nlink == 1:
+            return
+        copy = self.create()
+        ours, theirs = self.open(copy, writing=True), self.open(number, writing=False)
+        try:
+            before = os.fstat(theirs.descriptor)
+            with (
+                os.fdopen(os.dup(theirs.descriptor), "rb") as source,
+                os.fdopen(os.dup(ours.descriptor), "wb") as target,
+            ):
+                shutil.copyfileobj(source, target, _PIECE)
+            os.utime(ours.descriptor, ns=(before.st_atime_ns, before.st_mtime_ns))
+            os.fsync(ours.descriptor)
+            os.rename(str(copy), str(number), src_dir_fd=self._at, dst_dir_fd=self._at)
+            os.fsync(self._at)
+        except OSError as error:
+            raise _broken(self.directory, error) from error
+        finally:
+            ours.close()
+            theirs.close()
 
     def discard(self, number: int) -> None:
         """Remove a file; who has it open keeps it. Idempotent."""

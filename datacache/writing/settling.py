@@ -7,7 +7,7 @@ somebody else has changed the object, and nobody's data is lost (`Conflict`).
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,9 +31,10 @@ _S_IF = {Kind.DIRECTORY: 0o040000, Kind.FILE: 0o100000, Kind.SYMLINK: 0o120000}
 
 
 class Keep(Protocol):
-    """Puts bytes that the store has now, as `entry`, into the cache, as far as there is room."""
+    """Puts bytes that the store has now, as `entry`, into the cache, as far as there is room. What it returns
+    is called when the landing file is nobody's any more: then the cache may have that."""
 
-    def __call__(self, entry: Entry, content: Quiet) -> None: ...
+    def __call__(self, entry: Entry, content: Quiet) -> Callable[[], None] | None: ...
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,10 @@ class Settling:
 
     def settled(self, op: Op, stored: Stored | None, content: Quiet | None) -> None:
         """The bucket holds it, or has it no more (`stored` is None)."""
+        keep: Callable[[], None] | None = None
         if stored is not None and content is not None and content.size and not content.stopped:
-            self._adopt(op, stored, content)
+            keep = self._adopt(op, stored, content)
+        clean = False
         with self._lock:
             now = self._ended(op)
             if now is None:
@@ -158,10 +161,18 @@ class Settling:
             elif self._ledger.puts.get(now.ino) == now.seq:
                 assert stored is not None
                 self._put(now, stored)
+                clean = True
             else:
                 with self._ledger.changing("detached") as batch:
                     self._owing.done(batch, now, there)
         self._owing.poke()
+        if clean and keep is not None and content is not None:
+            # No node has the landing file, so nobody will open it for writing. Should a power cut bring the
+            # node back, the next start gives it a file of its own (`resuming`).
+            step("upload.before.keep")
+            content.close()  # or who opens the cached file meanwhile waits for the lease
+            keep()
+            step("upload.after.keep")
 
     def stopped(self, op: Op) -> None:
         """It was given up, or failed; it stays pending, unless nobody needs it any more."""
@@ -222,7 +233,7 @@ class Settling:
         self._ledger.running.pop(op.seq, None)
         return self._ledger.ops.get(op.seq)
 
-    def _adopt(self, op: Op, stored: Stored, content: Quiet) -> None:
+    def _adopt(self, op: Op, stored: Stored, content: Quiet) -> Callable[[], None] | None:
         node, info = self._ledger.nodes.get(op.ino), stored.info
         if node is not None and node.kind is Kind.FILE:
             entry = Entry(
@@ -230,7 +241,8 @@ class Settling:
                 info.version,
             )  # fmt: skip
             with suppress(Stopped):  # somebody writes to it again: the cache has a part of it
-                self._keep(entry, content)
+                return self._keep(entry, content)
+        return None
 
     def _put(self, op: Op, stored: Stored) -> None:
         """The bucket holds what a node is: it is clean from now on."""

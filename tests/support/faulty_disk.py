@@ -9,7 +9,7 @@ from datacache.cache.policy import Space
 from datacache.model import Buffer, ByteRange
 
 WRITES = frozenset({"create", "write", "sync", "unlink", "punch"})
-ALL = WRITES | {"open", "read"}
+ALL = WRITES | {"open", "read", "link"}
 
 
 class FaultyDisk(Disk):
@@ -77,6 +77,10 @@ class FaultyDisk(Disk):
     def rename(self, name: str, new: str, *, at: int) -> None:
         self._check("unlink")
         super().rename(name, new, at=at)
+
+    def link(self, fd: int, name: str, *, at: int) -> None:
+        self._check("link")
+        super().link(fd, name, at=at)
 
     def unlink(self, name: str, *, at: int) -> None:
         self._check("unlink")

@@ -21,6 +21,7 @@ import pytest
 
 from datacache.cache import directory
 from datacache.cache.directory import MANAGED, DirectoryTier, LentFile, Owner, Rules, read_owner
+from datacache.cache.disk import Handle
 from datacache.cache.policy import Space
 from datacache.cache.store import Store
 from datacache.cache.verify import verify
@@ -29,7 +30,7 @@ from datacache.config.settings import Policy
 from datacache.errors import CacheError, Damaged, Locked, TierBroken, TierFull
 from datacache.model import ByteRange, CacheKey, GiB, KiB, MiB
 from tests.conftest import AnnouncedLogs
-from tests.contract.tier_suite import content, key, put, used, whole
+from tests.contract.tier_suite import PAGE, content, key, put, used, whole
 from tests.support.faulty_disk import WRITES, FaultyDisk
 from tests.support.mapper import Mapper
 
@@ -125,6 +126,85 @@ def test_the_cached_file_is_the_object(start: Open, place: Path) -> None:
         assert found.stat().st_mode & 0o777 == (0o700 if found.is_dir() else 0o600), found
     assert (place / MANAGED).stat().st_mode & 0o777 == 0o700
     assert (place / "precious").read_text() == "mine"
+
+
+def elsewhere(at: Path, of: CacheKey) -> Path:
+    """A file of ours with the bytes of `of`."""
+    at.mkdir(exist_ok=True)
+    path = at / "landed"
+    path.write_bytes(content(of))
+    path.chmod(0o600)
+    return path
+
+
+def opened(path: Path) -> Handle:
+    return Handle(os.open(path, os.O_RDONLY))
+
+
+@everywhere
+def test_a_file_is_taken_as_it_is(start: Open, place: Path) -> None:
+    """By another name, with its checksums; when its own goes, it is ours alone."""
+    tier, a = start(), key("a", 3 * BLOCK + 5)
+    theirs = elsewhere(place.parent / "beside", a)
+    take = tier.take(a, opened(theirs))
+    assert take is not None and not files(place) and not tier.present(a)
+    assert take()
+    (path,) = files(place)
+    assert path.samefile(theirs)
+    theirs.unlink()
+    del take  # it has the file open
+    assert (tier.present(a), read(tier, a), used(tier)) == (a.size, content(a), 4 * BLOCK - BLOCK + PAGE)
+    assert [one.key for one in tier.entries()] == [a]
+    lent = tier.lend(a)
+    assert lent is not None
+    lent.close()
+    tier.close()
+    again = start(boot="two")  # in doubt, so that checksums decide
+    assert read(again, a) == content(a) and again.recheck(a) == 0
+    again.close()
+    assert not verify(str(place), repair=False).problems
+    again = start(boot="two")
+    assert again.evict(a) == a.size and not files(place) and not used(again)
+
+
+def test_a_file_is_taken_only_from_the_same_file_system(start: Open) -> None:
+    """And only whole, and while it has a name."""
+    tier, a = start(), key("a")
+    if os.path.ismount("/dev/shm"):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
+            assert tier.take(a, opened(elsewhere(Path(shm), a))) is None
+    with tempfile.TemporaryDirectory(dir=tier.path) as beside:
+        theirs = elsewhere(Path(beside), a)
+        assert tier.take(key("a", a.size - 1), opened(theirs)) is None
+        file = opened(theirs)
+        theirs.unlink()
+        assert tier.take(a, file) is None
+        assert tier.take(key("empty", 0), opened(Path(os.devnull))) is None
+
+
+def test_what_comes_in_between_is_not_taken(start: Open, place: Path, disk: FaultyDisk) -> None:
+    """A name that went, a quota that is used up, an entry that others made, two mounts of a file system:
+    nothing is left behind, and the tier is well."""
+    tier, a, b = start(quota=250 * KiB), key("a"), key("b")
+    theirs = elsewhere(place.parent / "beside", a)
+    gone, late = (tier.take(a, opened(theirs)) for _ in range(2))
+    assert gone is not None and late is not None
+    theirs.unlink()
+    assert not gone() and not used(tier)
+    put(tier, key("c"))
+    put(tier, key("d"))
+    take_b = tier.take(b, opened(elsewhere(place.parent / "beside", b)))
+    assert take_b is not None and not take_b()
+    tier.evict(key("c"))
+    tier.evict(key("d"))
+    put(tier, a)
+    before = files(place)
+    assert late() and files(place) == before
+    disk.fail = {"link": errno.EXDEV}
+    tier.evict(a)
+    assert not take_b() and not used(tier)
+    assert tier.take(b, opened(place.parent / "beside" / "landed")) is None
+    assert tier.stats()[0].state == "ok"
 
 
 def test_a_block_never_exceeds_the_block_size(start: Open) -> None:
