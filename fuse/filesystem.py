@@ -60,6 +60,7 @@ from datacache.errors import (
 from datacache.index.index import ROOT, Index
 from datacache.model import Buffer, ByteRange, CacheKey, Coverage, Entry, Kind, MiB
 from fuse import nodes
+from fuse.listings import Listings
 from fuse.nodes import Nodes, Stale
 
 log = logging.getLogger(__name__)
@@ -219,6 +220,8 @@ class _Page:
     entries: list[Entry]
     expires: float
     """Monotonic time until which `entries` may be believed."""
+    edition: int | None
+    """Of the listing that they are from; None: not known."""
 
     def holds(self, after: int) -> bool:
         """Whether what comes after offset `after` can be told from this page. Offset 0 is the start of
@@ -360,6 +363,7 @@ class FileSystem:
         # Directories that are read though nobody opened them here, the latest ones.
         self._unopened: LRUCache[int, _Directory] = LRUCache(RECOVERED)
         self._unopened_lock = threading.Lock()
+        self._listings = Listings()
         self._recovered = _Recovered()
         self._complaints = _Complaints(self._clock)
 
@@ -404,25 +408,37 @@ class FileSystem:
         """Whether all listings last. Of a live data set only those above its mount points do."""
         return self._index.pinned
 
-    def lasts(self, node: int) -> bool:
-        """Whether the listing of a directory never changes, so that the kernel may keep it: it would keep it
-        beyond any TTL, for it asks for no directory anew that it has."""
-        return self._index.fresh_for(nodes.path(node)) >= FOREVER
+    def holds(self, node: int) -> bool:
+        """Whether what the kernel keeps of a directory's listing, if anything, is how it is now. Asked at
+        each opendir: where it does not hold, the kernel is told to drop it."""
+        ino = nodes.path(node)
+        if self._index.fresh_for(ino) >= FOREVER:
+            return True
+        return self._listings.opened(ino, self._index.edition(ino))
 
     def readdir(self, handle: int, offset: int, node: int = 0) -> Iterator[Listed]:
         """Entries after `offset`, at least one unless the directory ends there."""
         directory = self._directory(handle, node)
         if nodes.path(offset) != offset:
             return iter(())  # lseek went beyond what could be the `ino` of anything
+        edition = self._index.edition(directory.ino)
+        if edition is None and not offset:
+            self._index.children(directory.ino, limit=1)  # lists it, so that it has an edition
+            edition = self._index.edition(directory.ino)
         entries = self._index.children(directory.ino, after=offset, limit=PAGE)
+        if self._index.edition(directory.ino) != edition:
+            edition = None  # it has changed meanwhile, and this is from before or after
         fresh = self._index.fresh_for(directory.ino)
-        directory.page = _Page(offset, entries, self._clock.monotonic() + fresh)
+        page = directory.page = _Page(offset, entries, self._clock.monotonic() + fresh, edition)
+        self._listings.given(directory.ino, page.edition, first=not offset)
         return self._listed(entries, fresh)
 
     def readdir_nowait(self, handle: int, offset: int, node: int = 0) -> Iterator[Listed] | None:
-        page = self._directory(handle, node).page
+        directory = self._directory(handle, node)
+        page = directory.page
         if page is None or not page.holds(offset):
             return None
+        self._listings.given(directory.ino, page.edition, first=False)
         start = bisect_right(page.entries, offset, key=_ino)
         fresh = max(0.0, page.expires - self._clock.monotonic())
         return self._listed(itertools.islice(page.entries, start, None), fresh)

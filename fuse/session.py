@@ -81,9 +81,6 @@ class Session:
         # Nothing is written, so there is nothing to FLUSH: not even once, to be told ENOSYS.
         self._open_flags = int(OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH)
         self._passed_flags = int(OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH)
-        self._directory_flags = int(
-            OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR if agreement.cached_directories else 0
-        )
         self._notices: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._handlers: Mapping[int, Handler] = {
             Opcode.LOOKUP: self._lookup,
@@ -308,9 +305,12 @@ class Session:
         # ENOSYS holds for all directories: the kernel asks for none any more, and keeps what it lists.
         if self.files.pinned and self._agreement.stateless and self._agreement.cached_directories:
             return protocol.error(header.unique, errno.ENOSYS)
-        lasts = self.files.lasts(header.node)
+        flags = 0
+        if self._agreement.cached_directories:
+            # Before a page of it is read: what the kernel has may not hold by then.
+            keep = OpenFlag.KEEP_CACHE if self.files.holds(header.node) else 0
+            flags = OpenFlag.CACHE_DIR | keep
         handle = self.files.opendir(header.node)
-        flags = self._directory_flags if lasts else 0
         return protocol.reply(header.unique, protocol.encode_open_out(handle, flags))
 
     def _readdir(self, header: Header, body: protocol.ReadIn) -> Answer:

@@ -66,6 +66,10 @@ class Index(Protocol):
         """Seconds for which what is known of directory `parent` may still be believed; inf for snapshots,
         0 when it is past its TTL."""
 
+    def edition(self, parent: int) -> int | None:
+        """A number that is another one when the entries of directory `parent`, as they are known, are others;
+        None where they may not be believed."""
+
     @property
     def pinned(self) -> bool:
         """Whether nothing ever changes: a directory, once it is listed, stays as it is, all of them do."""

@@ -201,6 +201,11 @@ class LiveIndex:
             return 0.0
         return max(0.0, self._ttl - self._age(began))
 
+    def edition(self, parent: int) -> int | None:
+        directory = self._directory(parent)
+        edition = directory.edition
+        return edition if self._fresh(directory) else None
+
     @property
     def pinned(self) -> bool:
         return self._ttl == float("inf")

@@ -123,6 +123,9 @@ class SnapshotIndex:
     def fresh_for(self, parent: int) -> float:
         return float("inf")
 
+    def edition(self, parent: int) -> int | None:
+        return 0
+
     @property
     def pinned(self) -> bool:
         return True

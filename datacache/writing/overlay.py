@@ -197,6 +197,9 @@ class Overlay:
         # What is in a directory that the bucket does not have yet changes by us only.
         return OURS_FRESH if parent in self.ledger.nodes else self._index.fresh_for(parent)
 
+    def edition(self, parent: int) -> int | None:
+        return None  # what is written here has none
+
     def resolve(self, path: str) -> Entry:
         return walking.resolve(self, path)
 

@@ -48,6 +48,17 @@ class IndexSuite:
         assert paths(index, "train/deep/") == ["/train/deep/er/c.jpg"]
         assert paths(index, "/top.txt") == ["/top.txt"]
 
+    def test_an_edition_stays_while_nothing_changes(self, opener: Opener) -> None:
+        """Whatever is looked up; and whoever lists a directory knows it."""
+        index = opener([MemorySource(objects=OBJECTS)])
+        train = index.resolve("/train").ino
+        index.children(train)
+        edition = index.edition(train)
+        assert edition is not None
+        dict(index.walk())
+        index.resolve("/train/deep/er/c.jpg")
+        assert index.edition(train) == edition
+
     def test_resolve_and_path_are_inverse(self, opener: Opener) -> None:
         """`path` of what `resolve` found is the path that was resolved; the root is 1 and its own parent."""
         index = opener([MemorySource(objects=OBJECTS)])

@@ -248,6 +248,37 @@ def test_a_rewound_directory_is_read_anew(make: Maker) -> None:
     assert len(list(it.files.readdir(handle, 0))) == 4
 
 
+def test_what_the_kernel_has_listed_holds_within_the_ttl_and_until_something_changes(make: Maker) -> None:
+    """Past the TTL it is listed again; and what is the same then holds again."""
+    it = make()
+    assert not it.files.holds(ROOT), "nothing is known yet"
+    it.names()
+    assert it.files.holds(ROOT)
+    it.clock.advance(TTL + 1)
+    assert not it.files.holds(ROOT)
+    it.names()
+    assert it.files.holds(ROOT)
+    it.source.put("new", b"x")
+    assert it.files.holds(ROOT), "within the TTL, as names are believed"
+    it.clock.advance(TTL + 1)
+    assert it.node("new"), "a lookup lists the directory"
+    assert not it.files.holds(ROOT), "what the kernel has lacks a name"
+    assert {listed.name for listed in it.names()} == {b"a.txt", b"dir", b"new", b"z.txt"}
+    assert it.files.holds(ROOT)
+
+
+def test_a_listing_that_changes_while_it_is_read_is_not_kept(make: Maker) -> None:
+    """The kernel has some of the old one then, and some of the new."""
+    it = make(objects={f"{i:05}": b"" for i in range(PAGE + 10)})
+    handle = it.files.opendir(ROOT)
+    first = list(it.files.readdir(handle, 0))
+    it.source.put("new", b"x")
+    it.clock.advance(TTL + 1)
+    assert it.node("new")
+    assert list(it.files.readdir(handle, first[-1].offset))
+    assert not it.files.holds(ROOT)
+
+
 def test_a_page_that_was_held_for_long_is_not_called_fresh(make: Maker) -> None:
     """Names handed out late are believed for what is left since they were fetched."""
     it = make(objects={f"{i:05}": b"" for i in range(10)})

@@ -447,7 +447,7 @@ def test_a_directory_in_pages_of_any_size_gives_every_name_once(
     """... with what a lookup says of it, and `offset` is where to go on, whenever and from whomever."""
     it = make(objects=MANY)
     opened = protocol.decode_open_out(it.data(Opcode.OPENDIR, OpenIn(0, 0)))
-    assert opened.flags == 0, "it may change, and the kernel would keep it beyond its TTL"
+    assert opened.flags == OpenFlag.CACHE_DIR, "what the kernel may have of it is dropped"
     names, offset = [], 0
     while page := it.data(opcode, ReadIn(opened.fh, offset, size, 0, 0, 0)):
         assert len(page) <= size
@@ -470,7 +470,7 @@ def test_a_directory_in_pages_of_any_size_gives_every_name_once(
 def test_a_listing_that_never_changes_is_kept(make: Maker) -> None:
     """Once it was made: before that nothing is known."""
     it = make(index=IndexSettings(consistency=Consistency.IMMUTABLE))
-    assert protocol.decode_open_out(it.data(Opcode.OPENDIR, OpenIn(0, 0))).flags == 0
+    assert protocol.decode_open_out(it.data(Opcode.OPENDIR, OpenIn(0, 0))).flags == OpenFlag.CACHE_DIR
     it.lookup("a")
     kept = protocol.decode_open_out(it.data(Opcode.OPENDIR, OpenIn(0, 0))).flags
     assert kept == OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR

@@ -108,6 +108,9 @@ class ListedIndex:
     def fresh_for(self, parent: int) -> float:
         return float("inf")
 
+    def edition(self, parent: int) -> int | None:
+        return 0
+
     @property
     def pinned(self) -> bool:
         return True

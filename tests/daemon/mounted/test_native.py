@@ -194,6 +194,18 @@ def test_a_listing_again_costs_nothing_on_a_live_bucket_that_is_immutable(
 
 
 @pytest.mark.parametrize("io", [IO.PASSTHROUGH, IO.PAGECACHE])
+def test_a_listing_again_costs_nothing_on_a_live_bucket_within_the_ttl(
+    daemon: Start, contents: dict[str, bytes], bucket: Path, io: IO
+) -> None:
+    """The kernel keeps names, and lists directories by itself, as long as we say that nothing has changed."""
+    one = daemon(index=IndexSettings(ttl=3600), io=io)
+    walk(one)
+    again = asked(one, lambda: walk(one))
+    assert again.keys() <= {"opendir", "releasedir"}, again
+    assert sorted(os.listdir(one.directory / "a")) == sorted(name[2:] for name in contents if name[0] == "a")
+
+
+@pytest.mark.parametrize("io", [IO.PASSTHROUGH, IO.PAGECACHE])
 def test_what_the_kernel_asks_all_the_same(daemon: Start, bucket: Path, io: IO) -> None:
     """isatty, which Python before 3.14 asks of whatever it opens without a `buffering`: one request. Reading
     ahead by posix_fadvise fills the page cache of the mount, which passthrough does not look into."""
