@@ -122,6 +122,10 @@ class Worker:
                 owner=Owner(os.getpid(), mount, self.socket), clock=self.clock,
             )  # fmt: skip
             building.callback(self.cache.close)
+            if settings.writing.enabled:
+                from datacache.writing.opening import landing_directory, make_way
+
+                make_way(landing_directory(settings))
             bucket = open_index(
                 dataset, self.sources, settings.index, state=settings.state, clock=self.clock,
                 manifest=manifest, cache_entries=settings.mount.metadata_entries,

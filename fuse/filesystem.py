@@ -46,6 +46,7 @@ from datacache.errors import (
     CredentialsExpired,
     DatacacheError,
     Denied,
+    IndexFull,
     IsADirectory,
     LandingFull,
     NoSuchPath,
@@ -107,6 +108,7 @@ _ERRNO: tuple[tuple[type[Exception], int], ...] = (
     (NotHere, errno.EPERM),
     (OtherStore, errno.EXDEV),
     (LandingFull, errno.ENOSPC),
+    (IndexFull, errno.ENOSPC),
     (NotFound, errno.ENOENT),
     (CredentialsExpired, errno.EIO),  # they are renewed; that it did not work yet is not a "no"
     (Denied, errno.EACCES),

@@ -426,12 +426,17 @@ class Database:
     @contextmanager
     def changing(self) -> Iterator["Changing"]:
         """Change names and versions that we know better than any listing, in one transaction."""
-        with self._writing, self.reading() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            changing = Changing(connection)
-            yield changing
-            changing.finish()
-            connection.execute("COMMIT")
+        try:
+            with self._writing, self.reading() as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                changing = Changing(connection)
+                yield changing
+                changing.finish()
+                connection.execute("COMMIT")
+        except IndexFull:
+            with suppress(IndexBroken), self.reading() as connection:
+                connection.execute("PRAGMA wal_checkpoint(RESTART)")  # what the log has is room, too
+            raise
 
 
 BURIED = -2
@@ -768,7 +773,9 @@ def open_live(
             elif not resumed:
                 _forget_former(path)
         except sqlite3.Error as error:
-            raise IndexBroken(f"the index {path} cannot be written: {error}; check the disk") from error
+            full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+            kind = IndexFull if full else IndexBroken
+            raise kind(f"the index {path} cannot be written: {error}; check the disk") from error
     return Database(path, pinned=False)
 
 

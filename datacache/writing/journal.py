@@ -11,6 +11,8 @@ syncs by itself what it needs (SQLite, synchronous=NORMAL).
 """
 
 import enum
+import errno
+import itertools
 import json
 import os
 import sqlite3
@@ -23,6 +25,8 @@ from urllib.parse import quote
 
 from datacache.errors import LandingBroken, LandingError, LandingFull
 from datacache.model import Kind, ObjectInfo, Version
+from datacache.writing.ballast import Ballast
+from datacache.writing.landing import allocate
 from datacache.writing.steps import step
 
 FORMAT = 1
@@ -30,6 +34,16 @@ FORMAT = 1
 
 RESERVED = 4 << 20
 """Bytes of the disk that are taken ahead, twice: for the WAL, and for the database."""
+_PAGE = 4096
+_CHECKPOINT = RESERVED // _PAGE // 2
+"""Pages in the WAL after which it is begun anew: the other half is for one large transaction."""
+_UNBOUNDED = 1 << 30
+"""Pages that a database may have, as far as SQLite is concerned."""
+_ROOMS = (0, RESERVED, 4 * RESERVED, 16 * RESERVED, 64 * RESERVED)
+"""Bytes that are made free before a transaction is tried again, which had no room; at first, those of the
+WAL. A rename of 100,000 files takes some 60 MiB."""
+_KEEP_SIZE = 1  # of fallocate(2)
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -157,22 +171,36 @@ class Journal:
     """Thread-safe."""
 
     def __init__(self, path: str) -> None:
-        """Open, or make. Raises LandingBroken where there is something else."""
+        """Open, or make. Raises LandingBroken where there is something else, LandingFull."""
         self.path = path
+        self.ballast = Ballast(os.path.dirname(path))
         self._lock = threading.RLock()  # one connection, one transaction at a time
+        self._wal = self._file = -1
+        self.ballast.lighten()
         try:
+            # As long as the connection: a close of any descriptor of a file lets go of SQLite's locks on it.
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._db = sqlite3.connect(
                 f"file:{quote(path)}?mode=rwc", uri=True, isolation_level=None, check_same_thread=False,
                 cached_statements=256,
             )  # fmt: skip
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(f"PRAGMA wal_autocheckpoint={RESERVED // 4096 // 2}")
+            self._db.execute("PRAGMA secure_delete=OFF")
+            self._db.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT}")
             self._open()
-            self._reserve()
             self._wal = os.open(path + "-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except sqlite3.Error as error:
+            if not self._take(RESERVED):
+                self._bound()
+            last = "SELECT max(seq) FROM (SELECT seq FROM sqlite_sequence UNION SELECT seq FROM ops)"
+            self._numbers = itertools.count((self._db.execute(last).fetchone()[0] or 0) + 1)
+        except (OSError, sqlite3.Error) as error:
+            self.close()
             raise self._broken(error) from error
+        except BaseException:
+            self.close()
+            raise
+        self.ballast.make()
         self._failed: OSError | None = None  # of a sync
 
     def _open(self) -> None:
@@ -188,20 +216,61 @@ class Journal:
                 "use that one to flush it"
             )
 
-    def _reserve(self) -> None:
-        """Take the space that transactions will need: those who write to landing files meet the end of the
-        disk first, and their closes, and uploads, must be noted all the same. A WAL is used again from its
-        start, and pages of the database that are free are used before it grows."""
+    # ---- space -------------------------------------------------------------------------------------
+
+    def top_up(self) -> None:
+        """Take space again, and have ballast, where there is room for it."""
+        with self._lock, suppress(sqlite3.Error):
+            if self._free() < RESERVED // 2:
+                self._take(RESERVED)
+        self.ballast.make()
+
+    def _take(self, room: int) -> bool:
+        """Have `room` bytes of free pages in the database, and a WAL that is at its start; whether there are.
+
+        Those who write to landing files meet the end of the disk first, and their closes, and uploads, must
+        be noted all the same. A WAL is used again from its start, and free pages before the database grows.
+        Neither may ever grow into a disk that is full: what cannot be copied from the WAL stays there, and
+        then the WAL grows, too. So SQLite is held to what the disk has given already.
+        """
+        self._rewind()
+        if self._free() >= room and os.fstat(self._wal).st_size >= RESERVED:
+            return True
         try:
+            _have({self._file: self._pages() * _PAGE + room - self._free(), self._wal: room + room // 32})
+            self._db.execute(f"PRAGMA max_page_count={_UNBOUNDED}")
             with self._transaction():
+                self._db.execute("DROP TABLE IF EXISTS room")  # of a process that was killed here
                 self._db.execute("CREATE TABLE room (filler BLOB)")
-                self._db.execute("INSERT INTO room VALUES (zeroblob(?))", (RESERVED,))
+                self._db.execute("INSERT INTO room VALUES (zeroblob(?))", (room,))
             self._db.execute("PRAGMA wal_checkpoint(RESTART)")
-            with self._transaction():
-                self._db.execute("DROP TABLE room")
-        except sqlite3.OperationalError:
-            with suppress(sqlite3.Error):  # there is no room: what was reserved by an earlier process will do
+            return True
+        except (OSError, sqlite3.OperationalError) as error:
+            if not _is_full(error):
+                raise
+            return False
+        finally:
+            with suppress(sqlite3.OperationalError):
                 self._db.execute("DROP TABLE IF EXISTS room")
+            self._bound()
+
+    def _rewind(self) -> bool:
+        """Have the WAL begin anew, as far as can be. Always true: who had no room may try again."""
+        with suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
+        return True
+
+    def _bound(self) -> None:
+        self._db.execute(f"PRAGMA max_page_count={self._pages()}")
+
+    def _pages(self) -> int:
+        (pages,) = self._db.execute("PRAGMA page_count").fetchone()
+        return int(pages)
+
+    def _free(self) -> int:
+        """Bytes of the database that may be written again."""
+        (pages,) = self._db.execute("PRAGMA freelist_count").fetchone()
+        return int(pages) * _PAGE
 
     def __repr__(self) -> str:
         return f"<Journal {self.path}>"
@@ -211,9 +280,11 @@ class Journal:
         with self._lock:
             if self._wal >= 0:
                 os.close(self._wal)
-                self._wal = -1
-                with suppress(sqlite3.Error):
+            if self._file >= 0:
+                with suppress(sqlite3.Error, AttributeError):  # there may be no connection yet
                     self._db.close()
+                os.close(self._file)
+            self._wal = self._file = -1
 
     # ---- durability ------------------------------------------------------------------------------
 
@@ -232,16 +303,35 @@ class Journal:
 
     @contextmanager
     def change(self, what: str) -> Iterator["Change"]:
-        """One transaction, all or nothing. `what` names the step for the tests."""
+        """One transaction, all or nothing, when the block is left. `what` names the step for the tests.
+        Raises LandingFull, LandingBroken."""
         with self._lock:
             step(f"journal.before.{what}")
+            change = Change(self._numbers)
+            yield change
             try:
-                with self._transaction():
-                    yield Change(self._db)
-                    step(f"journal.within.{what}")
-            except sqlite3.Error as error:
+                self._commit(what, change)
+            except (OSError, sqlite3.Error) as error:
                 raise self._broken(error) from error
             step(f"journal.after.{what}")
+
+    def _commit(self, what: str, change: "Change") -> None:
+        rooms = iter(_ROOMS)
+        while True:
+            try:
+                with self._transaction():
+                    for statement, values in change.statements:
+                        self._db.execute(statement, values)
+                    step(f"journal.within.{what}")
+                return
+            except sqlite3.OperationalError as error:
+                room = next(rooms, -1) if _is_full(error) else -1
+                if room < 0 or not (self._rewind() if room == 0 else self._find(room)):
+                    raise
+
+    def _find(self, room: int) -> bool:
+        """Have `room` bytes, and be it from the ballast; whether there are."""
+        return self._take(room) or (self.ballast.give_up() and self._take(min(room, RESERVED)))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -255,8 +345,8 @@ class Journal:
                     self._db.execute("ROLLBACK")
             raise
 
-    def _broken(self, error: sqlite3.Error) -> LandingError:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+    def _broken(self, error: Exception) -> LandingError:
+        if _is_full(error):
             return LandingFull(f"the landing zone has no room for its journal {self.path}")
         return LandingBroken(f"the journal {self.path} fails ({error}); check the disk of the landing zone")
 
@@ -303,10 +393,15 @@ class Journal:
 
 
 class Change:
-    """What may be done within one transaction of the journal."""
+    """What one transaction of the journal is to do: noted here, and done at its end, so that it can be done
+    again where there was no room."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._run = db.execute
+    def __init__(self, numbers: Iterator[int]) -> None:
+        self._numbers = numbers
+        self.statements: list[tuple[str, tuple[Any, ...]]] = []
+
+    def _run(self, statement: str, values: tuple[Any, ...] = ()) -> None:
+        self.statements.append((statement, values))
 
     def set_meta(self, name: str, value: str) -> None:
         self._run("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
@@ -324,10 +419,9 @@ class Change:
 
     def add_op(self, op: Op) -> Op:
         """Add it at the end of the order, or where its `seq` says; as it is then."""
-        values = (op.seq or None, *_of_op(op)[1:])
-        seq = self._run(_ADD_OP, values).lastrowid
-        assert seq is not None
-        return op._replace(seq=seq)
+        added = op if op.seq else op._replace(seq=next(self._numbers))
+        self._run(_ADD_OP, _of_op(added))
+        return added
 
     def update_op(self, op: Op) -> None:
         """Keep it in place of what has its `seq`."""
@@ -364,6 +458,28 @@ class Change:
 
     def drop_attributes(self, mount: int, key: str) -> None:
         self._run("DELETE FROM attributes WHERE mount=? AND key=?", (mount, _blob(key)))
+
+
+def _have(sizes: Mapping[int, int]) -> None:
+    """Have the disk give open files so many bytes. Raises OSError where it has not all of that: then none is
+    taken, for somebody else may need what there is."""
+    lacking = {fd: size - os.fstat(fd).st_blocks * 512 for fd, size in sizes.items()}
+    for descriptor, size in sizes.items():
+        st = os.fstatvfs(descriptor)
+        if sum(size for size in lacking.values() if size > 0) > st.f_bavail * st.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            allocate(descriptor, _KEEP_SIZE, 0, size)
+        except OSError as error:
+            if error.errno not in _NO_FALLOCATE:
+                raise
+        lacking[descriptor] = 0
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
 
 
 # ---- rows ----------------------------------------------------------------------------------------

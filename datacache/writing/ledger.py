@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 from cachetools import LRUCache
 
-from datacache.errors import IndexBroken
+from datacache.errors import IndexBroken, IndexFull
 from datacache.index import names
 from datacache.index.database import Changing
 from datacache.index.live import LiveIndex
@@ -73,6 +73,9 @@ class Ledger:
         """Operations that wait for a person, and why."""
         self.granted: set[int] = set()
         """Nodes that were created, and count as open for writing; the open follows."""
+        self.unnoted: dict[int, int] = {}
+        """How often a node was closed by writers without that the journal could take it (a full disk), until
+        it does. Zero: nobody has it open any more, and that is to be noted."""
         self.unchanged: dict[int, tuple[int, int]] = {}
         """Size and ctime of what was landed to be written, by node."""
         self.rowless: set[int] = set()
@@ -98,12 +101,17 @@ class Ledger:
             self.sync()
 
     @contextmanager
-    def catalogue(self, *ours: tuple[int, bytes]) -> Iterator[Changing]:
-        """Let the catalogue of names follow what was decided. Where it cannot, it does at the next start."""
+    def catalogue(self, *ours: tuple[int, bytes], needed: bool = False) -> Iterator[Changing]:
+        """Let the catalogue of names follow what was decided. Where it cannot, it does at the next start.
+        `needed`: not so, for the journal is about to forget it; raises IndexBroken."""
         try:
             with self._index.changing(*ours) as changing:
                 yield changing
         except IndexBroken as error:
+            if isinstance(error, IndexFull):
+                self.journal.ballast.give_up()  # whoever tries again may have room
+            if needed:
+                raise
             _log.warning("%s: names that were changed follow when the mount is started again", error)
 
     def sync(self) -> None:

@@ -21,6 +21,7 @@ from datacache.errors import CacheError, LandingBroken, Locked, SettingError
 from datacache.index.live import LiveIndex
 from datacache.model import Buffer, CacheKey, Dataset, Entry, Kind, MiB, MountPoint
 from datacache.sources.sink import Sink
+from datacache.writing.ballast import Ballast
 from datacache.writing.journal import Journal
 from datacache.writing.landing import MANAGED, Landing, Quiet
 from datacache.writing.overlay import Overlay
@@ -92,6 +93,12 @@ class Writing:
 def landing_directory(settings: Settings) -> str:
     """Where what is written lands."""
     return settings.writing.landing or os.path.join(settings.state, "landing")
+
+
+def make_way(directory: str) -> None:
+    """Where the disk of a landing zone is full, give up what was kept for that: to open it, and the catalogue
+    of names that mostly lies beside it, takes space."""
+    Ballast(os.path.join(directory, MANAGED)).lighten()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from datacache.clock import Clock
 from datacache.errors import (
     IsADirectory,
     LandingBroken,
+    LandingError,
     LandingFull,
     NoSuchPath,
     NotADirectory,
@@ -661,14 +662,17 @@ class Overlay:
                 file = self._landing.open(node.landing, writing=True)
                 self.ledger.granted.discard(ino)
             else:
-                file = self._landing.open(node.landing, writing=False)
+                file, begun = self._landing.open(node.landing, writing=False), False
                 try:
                     if writing:
                         self._begin_writing(node)  # before it is opened so: an upload holds a lease
+                        begun = True
                         readable, file = file, self._landing.open(node.landing, writing=True)
                         readable.close()
                 except BaseException:
                     file.close()
+                    if begun:
+                        self._leave(ino, closes=1)
                     raise
             self._users[ino] += 1
             if writing:
@@ -676,7 +680,8 @@ class Overlay:
             return file
 
     def closed(self, ino: int, file: LandedFile) -> None:
-        """It is not used any more. The last writer's close makes the file due for upload."""
+        """It is not used any more. The last writer's close makes the file due for upload: at once, or as soon
+        as the journal takes it."""
         file.close()
         with self._lock:
             self._users[ino] -= 1
@@ -686,8 +691,7 @@ class Overlay:
                 self._writing[ino] -= 1
                 if not self._writing[ino]:
                     del self._writing[ino]
-                self._end_writing(ino)
-            self._sweep(ino)
+            self._leave(ino, closes=int(file.writing))
         if file.writing:
             self.owing.poke()
 
@@ -695,11 +699,34 @@ class Overlay:
         """A writer that an earlier daemon counted has closed the file."""
         with self._lock:
             node = self.ledger.nodes.get(ino)
-            ours = self._writing[ino] + (ino in self.ledger.granted)
+            ours = self._writing[ino] + (ino in self.ledger.granted) + self.ledger.unnoted.get(ino, 0)
             if node is not None and node.writers > ours:
-                self._end_writing(ino)
-                self._sweep(ino)
+                self._leave(ino, closes=1)
         self.owing.poke()
+
+    def note_closes(self) -> int:
+        """Note the closes that the journal could not take before; of how many files it still cannot."""
+        with self._lock:
+            for ino in list(self.ledger.unnoted):
+                self._leave(ino, closes=0)
+            left = len(self.ledger.unnoted)
+        self.owing.poke()
+        return left
+
+    def _leave(self, ino: int, *, closes: int) -> None:
+        """So many writers have closed a file, and perhaps nobody uses it any more. Where that cannot be noted
+        it is remembered: a file is not open for ever because its close met a full disk."""
+        before = self.ledger.unnoted.pop(ino, None)
+        closes += before or 0
+        try:
+            while closes:
+                self._end_writing(ino)
+                closes -= 1
+            self._sweep(ino)
+        except LandingError as error:
+            self.ledger.unnoted[ino] = closes
+            if before is None:
+                _log.warning("a close cannot be noted, and is tried again: %s", error)
 
     def truncate(self, ino: int, size: int) -> None:
         """Cut, or extend by a hole, a landed file. Raises LandingFull, LandingBroken, VersionChanged."""
@@ -743,7 +770,7 @@ class Overlay:
             yield node
         finally:
             with self._lock:
-                self._end_writing(ino)
+                self._leave(ino, closes=1)
             self.owing.poke()
 
     def _begin_writing(self, node: Node) -> None:
@@ -792,8 +819,6 @@ class Overlay:
         if node is not None and node.orphan and not self._users[ino] and not node.writers:
             with self.ledger.changing("sweep") as batch:
                 batch.drop_node(node)
-
-    # ---- what the uploader asks ----------------------------------------------------------------------
 
     # ---- names, inside ----------------------------------------------------------------------------
 

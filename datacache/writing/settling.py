@@ -225,7 +225,7 @@ class Settling:
             for node in nodes:
                 with suppress(LandingBroken):
                     size += self._ledger.landing.stat(node.landing).st_size if node.landing else 0
-            writing = sum(node.writers > 0 for node in nodes)
+            writing = sum(node.writers > self._ledger.unnoted.get(node.ino, 0) for node in nodes)
             return Dirty(len(nodes), size, writing, len(due), min(due, default=0.0), self._conflicts)
 
     def _ended(self, op: Op) -> Op | None:
@@ -253,7 +253,7 @@ class Settling:
             token = ""
         elif node.landing and node.kind is Kind.FILE:
             kept = kept._replace(mtime_ns=self._ledger.landing.stat(node.landing).st_mtime_ns)
-        with self._ledger.catalogue((node.parent, node.name)) as changing:
+        with self._ledger.catalogue((node.parent, node.name), needed=True) as changing:
             self._ledger.rowless.discard(node.parent)
             row = Kind.DIRECTORY if directory else Kind.FILE
             changing.settle(
@@ -272,7 +272,7 @@ class Settling:
     def _deleted(self, op: Op, there: Expected) -> None:
         at = self._ledger.hidden_at.get((op.mount, op.key))
         if at is not None:
-            with self._ledger.catalogue(at) as changing:
+            with self._ledger.catalogue(at, needed=True) as changing:
                 changing.vanish(at[0], names.to_bytes(op.key))
         with self._ledger.changing("deleted") as batch:
             self._owing.done(batch, op, there)

@@ -19,6 +19,7 @@ from datacache.sources.memory import MemorySource
 from datacache.sources.sink import Stored
 from datacache.writing.journal import ANYTHING, NOTHING, Journal, Op, OpKind
 from datacache.writing.landing import Landing, Quiet
+from datacache.writing.opening import make_way
 from datacache.writing.overlay import Overlay
 from datacache.writing.schedule import runnable
 from datacache.writing.settling import Settling
@@ -60,6 +61,7 @@ class Mounted:
         ttl: float = 10.0,
     ) -> None:
         self.place = place
+        make_way(str(place.root))
         index = open_index(
             DATASET, [place.bucket], IndexSettings(ttl=ttl), state=str(place.root / "state"),
             clock=place.clock, resumed=resumed,

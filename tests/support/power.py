@@ -76,6 +76,6 @@ def disk(tmp_path: Path, *, size: int = 192 << 20) -> Iterator[Disk]:
         image = clones / "disk"
         with open(image, "wb") as file:
             file.truncate(size)
-        _run("mkfs.ext4", "-q", "-F", str(image))
+        _run("mkfs.ext4", "-q", "-F", "-b", "4096", str(image))
         with _mounted(image, tmp_path / "disk") as root:
             yield Disk(root, image)
