@@ -410,6 +410,8 @@ class WritableFileSystem(FileSystem):
         writing, empties = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
         ino = nodes.path(node)
         self._give_up_owed()
+        if writing and not empties:  # who empties a file makes room
+            self._overlay.check_room()
         for _ in range(_RACES):
             if not (writing or empties or self._overlay.landed(ino)):
                 return super().open(node, os.O_RDONLY)

@@ -243,6 +243,16 @@ class DirectoryTier:
                 self.trouble(store, error)
         return 0
 
+    def make_room(self, device: int, over_by: int) -> int:
+        """Give up entries by policy where they lie on the file system `device`; the bytes that this freed."""
+        store = self._store
+        if store is not None:
+            try:
+                return store.make_room(over_by) if os.stat(self.path).st_dev == device else 0
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
+        return 0
+
     def standing(self, key: CacheKey) -> Standing | None:
         """What decides when the entry goes; None where there is none."""
         store = self._store

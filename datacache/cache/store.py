@@ -1002,6 +1002,11 @@ class Store:
                     break
         return freed
 
+    def make_room(self, over_by: int) -> int:
+        """Give up entries by policy, for somebody else who needs the disk; the bytes that this freed."""
+        with self._evicting:
+            return self._evict(over_by, self.rules.policy)
+
     def choose(self, over_by: int, policy: Policy) -> list[bytes]:
         """Digests of entries that should go to free `over_by` bytes; not all of them where it takes
         very many."""

@@ -48,6 +48,9 @@ class Leaf(Tier, Protocol):
     def retire(self, key: CacheKey) -> int:
         """Drop the entry unless it is in use; the bytes that it held."""
 
+    def make_room(self, device: int, over_by: int) -> int:
+        """Give up entries by policy where they lie on the file system `device`; the bytes that this freed."""
+
     def standing(self, key: CacheKey) -> Standing | None:
         """What decides when the entry goes; None where there is none."""
 
@@ -132,6 +135,15 @@ class TieredCache:
             tier.close()
 
     # ---- more than a Tier must ------------------------------------------------------------------
+
+    def make_room(self, device: int, over_by: int) -> int:
+        """Give up entries by policy, lowest tier first, where they lie on the file system `device`; the bytes
+        that this freed."""
+        freed = 0
+        for tier in reversed(self.tiers):
+            if freed < over_by:
+                freed += tier.make_room(device, over_by - freed)
+        return freed
 
     def recheck(self, key: CacheKey) -> int:
         """Hold what is present of `key` against its checksums; how many blocks were bad and are dropped.

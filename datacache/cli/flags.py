@@ -108,6 +108,9 @@ WRITING = (
     Flag("conflict", "HOW", "somebody else has changed the object meanwhile: keep-both (ours beside it), "
          "overwrite, or fail; default keep-both"),
     Flag("landing-reserve", "FRACTION", "of the landing zone's file system that is left free; default 0.05"),
+    Flag("landing-high", "FRACTION", "of that file system in use at which uploads wait for no delay, and "
+         "clean copies on it leave; default 0.92"),
+    Flag("landing-low", "FRACTION", "... until so much is in use; default 0.9"),
     Flag("upload-order", "ORDER", "free, or closes: files reach the bucket in the order of their closes; "
          "default free"),
     Flag("upload-delay", "DURATION", "after a close before the upload begins; default 0s"),

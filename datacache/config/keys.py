@@ -257,6 +257,8 @@ KEYS: Mapping[str, Key] = {
         Key("durability", "writing.durability", _choice(Durability, Durability)),
         Key("conflict", "writing.conflict", _choice(Conflict, Conflict)),
         Key("landing-reserve", "writing.reserve", _fraction(0, 0.9)),
+        Key("landing-high", "writing.high", _fraction(0.01, 1)),
+        Key("landing-low", "writing.low", _fraction(0, 1)),
         Key("upload-order", "upload.order", _choice(UploadOrder, UploadOrder)),
         Key("upload-delay", "upload.delay", _duration(0, 7 * 86400)),
         Key("upload-bandwidth", "upload.bandwidth", _size(0, 1 * TiB)),

@@ -480,6 +480,7 @@ def _check_together(values: dict[str, dict[str, Any]], given: Mapping[str, _Give
         raise SettingError(
             written(name), given[name].value, f"{written('backoff')} of at most {written('backoff-max')}"
         )
+    _check_landing(values.setdefault("writing", {}), given)
     if values.get("writing", {}).get("enabled"):
         _check_writable(values, given)
     if "snapshot" in given:
@@ -489,6 +490,27 @@ def _check_together(values: dict[str, dict[str, Any]], given: Mapping[str, _Give
                 written("consistency"), str(index["consistency"]), f"immutable, with {written('snapshot')}"
             )
         index["consistency"] = Consistency.IMMUTABLE
+
+
+def _check_landing(writing: dict[str, Any], given: Mapping[str, _Given]) -> None:
+    """The watermarks of the landing zone: low, high, full. Those that nobody gave follow the others."""
+    plain = WritingSettings()
+    full = 1 - writing.get("reserve", plain.reserve)
+    high = writing.get("high", min(plain.high, round(full - 0.03, 9)))
+    low = writing.get("low", min(plain.low, round(high - 0.02, 9)))
+    if high > full:
+        name = "landing-high" if "landing-high" in given else "landing-reserve"
+        raise SettingError(
+            given[name].name, given[name].value, f"a high watermark of at most what is not reserved, {full:g}"
+        )
+    if not 0 <= low < high:
+        name = "landing-low" if "landing-low" in given else "landing-high"
+        name = name if name in given else "landing-reserve"
+        raise SettingError(
+            given[name].name, given[name].value, f"a low watermark below the high one, {high:g}"
+        )
+    if (high, low) != (plain.high, plain.low):
+        writing.update(high=high, low=low)
 
 
 def _check_writable(values: dict[str, dict[str, Any]], given: Mapping[str, _Given]) -> None:

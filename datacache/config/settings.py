@@ -198,6 +198,11 @@ class WritingSettings:
     """Whose version stands when somebody else has changed the object."""
     reserve: float = 0.05
     """Fraction of the landing zone's file system that is left free."""
+    high: float = 0.92
+    """Fraction of it in use at which uploads wait for no delay and clean copies leave: above what a cache
+    beside it fills (`CacheSettings.reserve`)."""
+    low: float = 0.9
+    """Fraction at which that ends."""
 
 
 @dataclass(frozen=True)

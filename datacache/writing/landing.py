@@ -44,6 +44,8 @@ class Room:
     total: int
     free: int
     """Bytes that may still be written."""
+    available: int
+    """... and those of the reserve."""
 
     @property
     def used(self) -> float:
@@ -310,8 +312,8 @@ class Landing:
             st = os.fstatvfs(self._at)
         except OSError as error:
             raise _broken(self.directory, error) from error
-        total = st.f_blocks * st.f_frsize
-        return Room(total, max(0, st.f_bavail * st.f_frsize - int(total * self._reserve)))
+        total, available = st.f_blocks * st.f_frsize, st.f_bavail * st.f_frsize
+        return Room(total, max(0, available - int(total * self._reserve)), available)
 
     def check_room(self) -> None:
         """Raise LandingFull where nothing more may be written."""

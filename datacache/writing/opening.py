@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from datacache.cache.disk import Handle
 from datacache.cache.owner import Owner
 from datacache.cache.tier import Lent, Tier
+from datacache.cache.tiered import TieredCache
 from datacache.clock import Clock
 from datacache.config.settings import Settings
 from datacache.errors import CacheError, LandingBroken, Locked, SettingError
@@ -23,6 +24,7 @@ from datacache.model import Buffer, CacheKey, Dataset, Entry, Kind, MiB, MountPo
 from datacache.sources.sink import Sink
 from datacache.writing.ballast import Ballast
 from datacache.writing.journal import Journal
+from datacache.writing.keeper import Keeper, Watermarks
 from datacache.writing.landing import MANAGED, Landing, Quiet
 from datacache.writing.overlay import Overlay
 from datacache.writing.settling import Settling
@@ -107,7 +109,7 @@ def open_writing(
     *,
     index: LiveIndex,
     reader: Reader,
-    cache: Tier,
+    cache: TieredCache,
     sinks: Sequence[Sink],
     owner: Owner,
     clock: Clock,
@@ -145,6 +147,10 @@ def open_writing(
         uploader = Uploader(settling, sinks, settings.upload, clock=clock)
         built.callback(uploader.close)
         overlay.owing.attach(uploader)
+        marks = Watermarks(settings.writing.high, settings.writing.low)
+        keeper = Keeper(landing, journal, overlay, copies=cache, uploads=uploader, marks=marks)
+        built.callback(keeper.close)
+        keeper.start()
         yield Writing(landing, journal, overlay, settling, uploader)
 
 

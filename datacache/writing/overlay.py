@@ -250,6 +250,10 @@ class Overlay:
         """How full the landing zone is."""
         return self._landing.room()
 
+    def check_room(self) -> None:
+        """Raise LandingFull where nobody may begin to write."""
+        self._landing.check_room()
+
     # ---- names ------------------------------------------------------------------------------------
 
     def create(self, parent: int, name: bytes, *, mode: int, uid: int, gid: int) -> Entry:

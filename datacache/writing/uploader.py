@@ -208,6 +208,7 @@ class Uploader:
         self._jitter = jitter
         self._closes = settings.order is UploadOrder.CLOSES
         self._pace = Pace(settings.bandwidth, clock) if settings.bandwidth else None
+        self._delay = settings.delay  # 0 while the landing zone is short of room
         # Guards what is read from `work` to be put into the plan, so that it gets there in that order; and
         # which operations have changed since they were put there.
         self._planning = threading.Lock()
@@ -312,6 +313,23 @@ class Uploader:
         finally:
             with self._lock:
                 self._flushes.discard(flush)
+
+    def hurry(self, on: bool) -> None:
+        """Wait for no delay (the landing zone is short of room), or again for the one of the settings."""
+        delay = 0.0 if on else self._settings.delay
+        with self._lock:
+            if delay == self._delay:
+                return
+            self._delay = delay
+            waiting = list(self._placed)
+        for start in range(0, len(waiting), _CHUNK):
+            with self._lock:
+                now = self._clock.monotonic()
+                for seq in waiting[start : start + _CHUNK]:
+                    if seq in self._placed:
+                        self._place(seq, now)
+        with self._lock:
+            self._wake()
 
     def stats(self) -> UploadStats:
         """How it goes, and why what has not gone has not."""
@@ -516,10 +534,10 @@ class Uploader:
         urgent = any(seq in flush.urgent for flush in self._flushes)
         trouble = self._troubles.get(seq)
         at = trouble.at if trouble is not None else now
-        if self._settings.delay and not urgent:
+        if self._delay and not urgent:
             # Of a wall clock that was set back, no more than the delay is believed.
-            due = op.since + self._settings.delay - self._clock.wall()
-            at = max(at, now + min(due, self._settings.delay))
+            due = op.since + self._delay - self._clock.wall()
+            at = max(at, now + min(due, self._delay))
         entry = (at, seq) if at > now else (URGENT if urgent else PLAIN, seq)
         if self._placed.get(seq) != entry:
             self._placed[seq] = entry
@@ -850,7 +868,7 @@ class Uploader:
         if not self._plan.may(op.seq):
             return "waits for what was closed before"
         placed = self._placed.get(op.seq)
-        if placed is not None and self._settings.delay and placed[0] > PLAIN:
+        if placed is not None and self._delay and placed[0] > PLAIN:
             return "waits for the upload delay"
         return "waits for its turn"
 

@@ -15,6 +15,7 @@ from datacache.config.settings import Durability, MountSettings, ReadingSettings
 from datacache.errors import LandingBroken, LandingFull, NotEmpty, NotHere, OtherStore, PathExists
 from datacache.index.index import ROOT
 from datacache.reading.reader import Reader
+from datacache.writing.landing import Room
 from fuse import nodes
 from fuse.connection import Backings
 from fuse.filesystem import Attributes, Opened, Refused
@@ -627,6 +628,23 @@ def test_what_a_disk_says(
     said = _said(OSError(number, os.strerror(number)))
     assert isinstance(said, kind)
     assert it.files.failed("write", said) == told
+
+
+def test_the_reserve_holds_for_whoever_begins_to_write(it: Life) -> None:
+    """`--landing-reserve` of its file system is left free. Who is at it goes on; who empties or removes
+    a file makes room."""
+    node, opened = it.make("new", b"x")
+    it.mounted.landing.room = lambda: Room(100, 0, 4)  # type: ignore[method-assign]
+    with pytest.raises(LandingFull):
+        it.make("more")
+    with pytest.raises(LandingFull):
+        it.open("new", RW)
+    assert it.content("new") == b"x"
+    assert it.files.write(opened.handle, 1, b"y", node=node) == 1
+    it.files.release(opened.handle)
+    it.files.release(it.open("new", RW | os.O_TRUNC)[1].handle)
+    it.files.unlink(ROOT, b"new")
+    assert it.names() == ["d", "old"]
 
 
 def test_what_is_refused_has_the_errno_that_programs_know(it: Life) -> None:

@@ -980,6 +980,23 @@ def test_a_second_fill_of_the_same_bytes_waits_for_the_first(start: Open, disk: 
     file.close()
 
 
+@pytest.mark.parametrize("policy", list(Policy))
+def test_room_is_made_for_others_of_the_same_file_system(start: Open, place: Path, policy: Policy) -> None:
+    """Pins and the policy hold: what this data set reads again stays, but where the policy is lru."""
+    tier = start(policy=policy)
+    keys = [key(f"k{i}", BLOCK) for i in range(4)]
+    for each in keys:
+        put(tier, each)
+    tier.pin(keys[0], True)
+    tier.supersede(keys[3])
+    device = os.stat(place).st_dev
+    assert tier.make_room(device + 1, 4 * BLOCK) == 0
+    freed = tier.make_room(device, 4 * BLOCK)
+    left = [each.key for each in keys if tier.present(each)]
+    assert left == (["k0"] if policy is Policy.LRU else ["k0", "k1", "k2"])
+    assert freed == (4 - len(left)) * BLOCK
+
+
 def test_an_entry_that_is_evicted_while_it_is_filled_is_not_recorded(
     start: Open, disk: FaultyDisk, place: Path
 ) -> None:

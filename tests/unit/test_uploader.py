@@ -581,6 +581,20 @@ def test_the_delay_counts_from_the_close(stepped: Bench) -> None:
     until(lambda: not gone(stepped.bucket, "a"))
 
 
+def test_a_landing_zone_that_is_short_of_room_waits_for_no_delay(stepped: Bench) -> None:
+    """Above high, uploads go first; below, the delay is kept again."""
+    stepped.work.write("a", b"x")
+    uploader = stepped.start(delay=1000.0)
+    until(lambda: stepped.clock.waiting == [1000])
+    uploader.hurry(True)
+    until(lambda: not gone(stepped.bucket, "a"))
+    uploader.hurry(False)
+    stepped.work.write("b", b"x")
+    uploader.poke()
+    until(lambda: stepped.clock.waiting == [1000])
+    assert gone(stepped.bucket, "b")
+
+
 def test_a_flush_does_not_wait_for_the_delay_nor_for_what_it_is_not_about(stepped: Bench) -> None:
     for key in ("dir/a", "dir/b", "other"):
         stepped.work.write(key, b"x")
