@@ -590,6 +590,9 @@ class WritableFileSystem(FileSystem):
 
     def flush(self, handle: int, node: int) -> None:
         """Somebody closes the file, and may go on in another way."""
+        file = self._files.get(handle)
+        if file is not None and isinstance(file.opened, _Bytes) and file.opened.file.writing:
+            self._overlay.closes.announce(file.opened.file)
         if self._durability is Durability.CLOSE:
             self._overlay.sync(nodes.path(node))
 

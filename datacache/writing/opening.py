@@ -66,6 +66,7 @@ class Writing:
     def flush(self, top: Entry | None, *, timeout: float) -> dict[str, Any]:
         """Wait until all that is due below `top` (None: all of it) is in the bucket, for `timeout` seconds at
         most; whether it is, and what is left."""
+        self.overlay.closes.wait()
         self.overlay.sync_names()
         prefix = None if top is None else (top.mount, self.overlay.key_of(top))
         clean = self.uploader.flush(prefix, timeout=timeout).complete

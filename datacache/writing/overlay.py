@@ -41,6 +41,7 @@ from datacache.index.index import ROOT, IndexStats
 from datacache.index.live import LiveIndex
 from datacache.model import Entry, Kind, ObjectInfo, Version
 from datacache.writing import resuming
+from datacache.writing.closing import Closes
 from datacache.writing.journal import (
     ANYTHING,
     NOTHING,
@@ -107,6 +108,7 @@ class Overlay:
         self._lock = self.ledger.lock
         # Changed under the lock.
         self._numbers: Iterator[int] = iter(())  # reserved in the catalogue
+        self.closes = Closes(clock)
         self._users: Counter[int] = Counter()  # opens of landed files
         self._writing: Counter[int] = Counter()  # ... of them, those for writing
         # By file: a lock for who brings its bytes, and how many want it.
@@ -697,6 +699,7 @@ class Overlay:
                     del self._writing[ino]
             self._leave(ino, closes=int(file.writing))
         if file.writing:
+            self.closes.came(file)
             self.owing.poke()
 
     def released(self, ino: int) -> None:

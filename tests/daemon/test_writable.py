@@ -15,6 +15,7 @@ from datacache.config.settings import Durability, MountSettings, ReadingSettings
 from datacache.errors import LandingBroken, LandingFull, NotEmpty, NotHere, OtherStore, PathExists
 from datacache.index.index import ROOT
 from datacache.reading.reader import Reader
+from datacache.writing.closing import SOON
 from datacache.writing.landing import Room
 from fuse import nodes
 from fuse.connection import Backings
@@ -734,6 +735,32 @@ def test_who_never_comes_back_leaves_nothing_behind(it: Life) -> None:
     assert not it.mounted.overlay.landed(ino)
     assert not it.mounted.settling.ops()
     assert it.content("old") == OLD
+
+
+def test_a_flush_waits_for_who_is_just_closing(it: Life) -> None:
+    """close(2) returns before the kernel tells of the last one: who asks then for all to be in the bucket
+    means that file, too. A duplicate of the descriptor that goes on is not waited for for long."""
+    clock, closes = it.mounted.place.clock, it.mounted.overlay.closes
+
+    def waited() -> float:
+        before = clock.monotonic()
+        closes.wait()
+        return clock.monotonic() - before
+
+    node, opened = it.make("new", b"data")
+    reader = it.files.open(node, RO)
+    assert waited() == 0
+    it.files.flush(opened.handle, node)
+    assert waited() == SOON, "until it has come, or for as long as that may take"
+    assert waited() == 0, "it was a duplicate"
+    it.files.flush(opened.handle, node)
+    clock.advance(SOON / 4)
+    assert waited() == SOON * 3 / 4
+    it.files.flush(opened.handle, node)
+    it.files.release(opened.handle)
+    it.files.flush(reader.handle, node)
+    assert waited() == 0, "who only reads is not waited for"
+    it.files.release(reader.handle)
 
 
 def test_what_is_open_is_told(it: Life) -> None:

@@ -32,6 +32,7 @@ from datacache.config.settings import (
 from datacache.errors import ControlError
 from datacache.model import Dataset, Medium, MiB, MountPoint
 from fuse import mountpoint
+from tests.support.reading import until
 
 START = 30.0
 """Seconds for a daemon to say that it has mounted, on a machine that is busy with other things."""
@@ -291,3 +292,10 @@ def flushed(one: Daemon, *, seconds: float = 60.0) -> None:
     while not (said := one.control().flush("/", timeout=5))["clean"]:
         assert time.monotonic() < deadline, f"it does not get there: {said}\n{one.log.read_text()}"
     assert not said["open"], f"something is still open for writing: {said}"
+
+
+def kill_daemon(one: Daemon) -> None:
+    """kill -9 of the daemon; its successor serves when this returns."""
+    before = one.status()["pid"]
+    os.kill(before, signal.SIGKILL)
+    until(lambda: (one.status_if_any() or {"pid": before})["pid"] != before)

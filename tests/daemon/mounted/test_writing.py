@@ -499,6 +499,15 @@ def test_what_is_closed_reaches_the_bucket(one: Daemon, mnt: Path) -> None:
     assert (mnt / "new").read_bytes() == b"new"
 
 
+def test_who_flushes_after_a_close_means_that_file(one: Daemon, mnt: Path) -> None:
+    """At once, again and again: the kernel tells of the end of a file when close(2) has returned."""
+    for i in range(40):
+        put(mnt / "new", b"%d" % i)
+        said = one.control().flush("/", timeout=10)
+        assert (said["clean"], said["open"]) == (True, 0)
+        assert in_bucket(one, "new", b"%d" % i)
+
+
 def test_writers_do_not_see_that_the_daemon_was_killed(one: Daemon, mnt: Path, way: str) -> None:
     """kill -9 while files are open for writing: they are written, read, measured, truncated and closed as if
     nothing had been, and then reach the bucket."""
