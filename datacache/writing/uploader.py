@@ -61,6 +61,9 @@ DENIALS = 8
 object may be forbidden; to ask for a hundred thousand with credentials that were taken back helps nobody."""
 ABANDONS = 3
 """Tries to let go of parts that nobody goes on with. The store's own list of them is there for the rest."""
+LOOK_EVERY = 0.1
+"""Seconds between two looks at what is new, where an upload delay keeps it from being due at once: else the
+watch would be woken for each of thousands of files that are written (27 futex calls each)."""
 LISTED = 20
 """Operations that `stats` and `flush` name one by one."""
 _CHUNK = 1000  # changes of the plan, or so, under one hold of the lock: some ms
@@ -219,7 +222,7 @@ class Uploader:
         self._plan = Plan(closes=self._closes)
         self._changing = False  # the plan is half-way from one state to the next: nobody picks
         self._dirty = False  # something has changed that the plan does not know
-        self._next_look = 0.0  # not before, for the last look failed
+        self._next_look = 0.0
         self._inherited: int | None = None  # up to here, operations are from an earlier process
         self._running: dict[int, Attempt] = {}
         self._begun: dict[int, tuple[float, int]] = {}  # of those: when, and the store's answers until then
@@ -254,6 +257,8 @@ class Uploader:
         """Operations have changed."""
         with self._lock:
             self._dirty = True
+            if self._watched is not None and self._watched <= self._next_look:
+                return  # the watch looks then, and that is soon enough
             if threading.current_thread() not in self._threads:  # one of ours looks anyhow, when it is done
                 self._wake()
 
@@ -585,7 +590,9 @@ class Uploader:
                 with self._lock:
                     self._park(parked)
                     self._changing = False
-                    self._place_news(self._clock.monotonic())
+                    now = self._clock.monotonic()
+                    self._place_news(now)
+                    self._next_look = now + min(LOOK_EVERY, self._settings.delay)
             self._unseen.clear()
             if self._inherited is None:
                 self._inherited = max(unseen, default=0)

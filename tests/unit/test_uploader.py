@@ -26,7 +26,7 @@ from datacache.model import ObjectInfo
 from datacache.sources.memory import MemorySource
 from datacache.writing import steps
 from datacache.writing.journal import ANYTHING, NOTHING, Op, OpKind
-from datacache.writing.uploader import JOURNAL_ID, Uploader
+from datacache.writing.uploader import JOURNAL_ID, LOOK_EVERY, Uploader
 from tests.conftest import AnnouncedLogs
 from tests.support.reading import until
 from tests.support.uploading import (
@@ -593,6 +593,33 @@ def test_a_landing_zone_that_is_short_of_room_waits_for_no_delay(stepped: Bench)
     uploader.poke()
     until(lambda: stepped.clock.waiting == [1000])
     assert gone(stepped.bucket, "b")
+
+
+def test_new_files_behind_a_delay_are_looked_at_together(stepped: Bench) -> None:
+    """Nothing is due at once there, so nobody is woken for each of thousands of files; a flush looks at once."""
+    looks = 0
+    real = stepped.work.changed
+
+    def changed() -> set[int]:
+        nonlocal looks
+        looks += 1
+        return real()
+
+    stepped.work.changed = changed  # type: ignore[method-assign]
+    uploader = stepped.start(delay=600.0)
+    stepped.work.write("f", b"x")
+    until(lambda: "1 pending" in repr(uploader) and bool(stepped.clock.waiting))
+    before = looks
+    for n in range(100):
+        stepped.work.write(f"f{n}", b"x")
+    until(lambda: bool(stepped.clock.waiting) and stepped.clock.waiting[0] <= LOOK_EVERY)
+    assert looks == before
+    stepped.clock.advance(LOOK_EVERY)
+    until(lambda: "101 pending" in repr(uploader))
+    assert looks == before + 1
+    stepped.work.write("g", b"x")
+    assert uploader.flush()
+    assert len(objects(stepped.bucket)) == 102
 
 
 def test_a_flush_does_not_wait_for_the_delay_nor_for_what_it_is_not_about(stepped: Bench) -> None:
