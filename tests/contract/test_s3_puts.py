@@ -7,16 +7,20 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from datacache.clock import SystemClock
-from datacache.config.settings import SourceSettings
+from datacache.clock import SystemClock, VirtualClock
+from datacache.config.settings import SourceSettings, UploadSettings
 from datacache.errors import Denied, SourceError, Unavailable, VersionChanged, WrongBytes
 from datacache.model import MiB
 from datacache.sources.aws import Bucket, find_bucket
+from datacache.sources.memory import MemorySource
 from datacache.sources.s3upload import S3Sink
 from datacache.sources.sink import ANYTHING, DIGEST, NOTHING
+from datacache.writing.uploader import Uploader
+from tests.conftest import AnnouncedLogs
 from tests.contract.sink_suite import Steering, put
 from tests.support.faulty_s3 import Fault, FaultyS3, Flip, Lost, Reset, Status
 from tests.support.stub import Answer, Request, StubServer
+from tests.support.uploading import FakeWork
 
 KEYS = {"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "S", "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}  # fmt: skip
@@ -194,6 +198,26 @@ def test_a_damaged_small_object_is_removed_where_the_store_took_it() -> None:
         with pytest.raises(WrongBytes):
             put(sink, "a", b"abc", expected=NOTHING)
         assert "a" not in s3.objects
+
+
+@pytest.mark.parametrize("size", [3, 2 * PART + 1], ids=["whole", "in parts"])
+def test_an_answer_that_is_lost_is_settled_by_asking(
+    s3: FaultyS3, size: int, clock: VirtualClock, logs: AnnouncedLogs
+) -> None:
+    """The uploader finds its own mark under the key: one effect, no conflict, nothing left over."""
+    logs.expect("do not get through")
+    work = FakeWork(clock, MemorySource())
+    work.write("a", bytes(size))
+    with sink_at(s3.endpoint) as sink:
+        assert sink.traits.conditional
+        s3.add("put" if size < PART else "complete", Lost())
+        uploader = Uploader(work, [sink], UploadSettings(concurrency=1), clock, jitter=lambda: 0.5)
+        work.uploader = uploader
+        assert uploader.flush()
+        stats = uploader.stats()
+        uploader.close()
+    assert (stats.uploads, stats.failures, stats.conflicts) == (1, 1, 0)
+    assert s3.objects["a"].data == bytes(size) and s3.stored == 1 and not s3.uploads
 
 
 def test_a_completion_whose_answer_is_lost_is_found(s3: FaultyS3) -> None:

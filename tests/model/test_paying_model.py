@@ -4,6 +4,7 @@ answers get lost, and the uploader is stopped and started. Whenever all is paid,
 files do, nothing was a conflict, and no content was put twice.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,12 +16,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from datacache.config.settings import UploadSettings
 from datacache.errors import DatacacheError, Unavailable, VersionChanged
 from datacache.model import ByteRange
-from datacache.writing.uploader import Uploader
+from datacache.writing.journal import OpKind
+from datacache.writing.uploader import JOURNAL_ID, Uploader
 from tests.conftest import AnnouncedLogs
 from tests.model.test_writing_model import PATHS, Refused, Tree, made, parent_of, removed, renamed, written
 from tests.support.overlays import Mounted, Place
 from tests.support.reading import until
-from tests.support.uploading import Fails, FaultySink, Lost, SteppedClock, objects
+from tests.support.uploading import Afterwards, Fails, FaultySink, Lost, Meanwhile, SteppedClock, objects
 
 
 class PayingMachine(RuleBasedStateMachine):
@@ -129,6 +131,8 @@ class PayingMachine(RuleBasedStateMachine):
         assert shown == {path for path, data in self.tree.items() if data is None}
         assert self.mounted.tree() == self.tree
         assert not self.uploader.stats().conflicts
+        twice = {mark: count for mark, count in self.sink.put_so_far().items() if count > 1}
+        assert not twice, twice
 
     def teardown(self) -> None:
         try:
@@ -141,8 +145,9 @@ class PayingMachine(RuleBasedStateMachine):
 
 TestPaying = PayingMachine.TestCase
 TestPaying.settings = settings(
-    derandomize=True,
-    max_examples=60, stateful_step_count=25, deadline=None, phases=(Phase.generate,),
+    derandomize="EXAMPLES" not in os.environ,  # the same in each CI; EXAMPLES=1000 looks further
+    max_examples=int(os.environ.get("EXAMPLES", "60")), stateful_step_count=25, deadline=None,
+    phases=(Phase.generate,),
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 
@@ -202,6 +207,108 @@ def test_an_upload_that_nobody_heard_of_leaves_nothing_behind(place: Place, how:
         "renamed": {"b": b"one", "c": b"other"}, "removed": {"c": b"other"}, "replaced": {"a": b"other"},
     }  # fmt: skip
     assert objects(place.bucket) == expected[how]
+
+
+class Saving:
+    """A program that saves by writing a file of another name, and renaming that over the old one."""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.mounted, self.sink = place, Mounted(place), FaultySink(place.bucket)
+        self.count = 0
+
+    def save(self) -> None:
+        self.count += 1
+        self.mounted.write("/tmp", b"%d" % self.count)
+        self.mounted.overlay.rename(*self.mounted.at("/tmp"), *self.mounted.at("/doc"), replace=True)
+
+    def remove(self) -> None:
+        self.mounted.overlay.unlink(*self.mounted.at("/doc"))
+
+    def theirs(self) -> None:
+        self.place.bucket.put("doc", b"theirs")
+
+    def flush(self) -> None:
+        uploader = Uploader(
+            self.mounted.settling, [self.sink], UploadSettings(concurrency=1), self.place.clock
+        )
+        self.mounted.overlay.owing.attach(uploader)
+        try:
+            while self.mounted.settling.ops():  # what is saved meanwhile is owed, too
+                assert uploader.flush()
+        finally:
+            uploader.close()
+        self.conflicts = uploader.stats().conflicts
+
+    def close(self) -> None:
+        self.mounted.close()
+
+
+@pytest.fixture
+def saving(place: Place) -> Iterator[Saving]:
+    saving = Saving(place)
+    yield saving
+    saving.close()
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "there before"])
+@pytest.mark.parametrize("error", [None, Unavailable("no route")], ids=["answered", "lost"])
+def test_saves_by_rename_while_uploads_run_are_no_conflicts(
+    saving: Saving, error: Exception | None, before: bool
+) -> None:
+    """Each upload arrives, and is replaced before it has answered: what follows it knows it for ours."""
+    if before:
+        saving.place.bucket.put("doc", b"0")
+    saving.sink.add("put", *[Afterwards(saving.save, error)] * 5)
+    saving.save()
+    saving.flush()
+    assert saving.count > 3 and not saving.conflicts
+    assert objects(saving.place.bucket) == {"doc": b"%d" % saving.count}
+    assert saving.mounted.tree() == {"/doc": b"%d" % saving.count}
+
+
+def test_saves_that_were_never_tried_do_not_forget_what_came_before(saving: Saving) -> None:
+    """An upload arrives, its answer is lost, and more is saved before anything is tried again."""
+    saving.save()
+    op = next(op for op in saving.mounted.settling.ops() if op.kind is OpKind.PUT and op.key == "doc")
+    begun = saving.mounted.settling.begin(op)
+    assert begun is not None
+    saving.place.bucket.put("doc", b"1", metadata={JOURNAL_ID: begun.id})
+    saving.save()
+    saving.mounted.settling.stopped(begun)
+    saving.save()
+    saving.save()
+    saving.flush()
+    assert not saving.conflicts
+    assert objects(saving.place.bucket) == {"doc": b"4"}
+
+
+def test_an_upload_that_nobody_wants_any_more_meets_somebody_else_s(
+    saving: Saving, logs: AnnouncedLogs
+) -> None:
+    """It is given up without a trace; what was saved meanwhile is put beside theirs."""
+    logs.expect("was changed in the bucket meanwhile")
+    saving.place.bucket.put("doc", b"0")
+    saving.sink.add("put", Meanwhile(saving.theirs))
+    saving.sink.add("find", Meanwhile(saving.save))
+    saving.save()
+    saving.flush()
+    found = objects(saving.place.bucket)
+    assert found.pop("doc") == b"theirs"
+    ((name, ours),) = found.items()
+    assert name.startswith("doc.conflict.") and ours == b"2"
+    assert saving.mounted.tree() == {"/doc": b"theirs", f"/{name}": b"2"}
+
+
+def test_an_upload_of_what_was_removed_meets_somebody_else_s(saving: Saving, logs: AnnouncedLogs) -> None:
+    """Theirs is not removed with it, and is shown again."""
+    logs.expect("so it is not deleted")
+    saving.place.bucket.put("doc", b"0")
+    saving.sink.add("put", Meanwhile(saving.theirs))
+    saving.sink.add("find", Meanwhile(saving.remove))
+    saving.save()
+    saving.flush()
+    assert objects(saving.place.bucket) == {"doc": b"theirs"}
+    assert saving.mounted.tree() == {"/doc": b"theirs"}
 
 
 @pytest.fixture(autouse=True)

@@ -158,7 +158,7 @@ class FaultyS3:
         self.requests: list[Request] = []
         self._faults: dict[str, deque[Fault | None]] = defaultdict(deque)
         self._connections: set[socket.socket] = set()
-        self._puts = 0
+        self.stored = 0  # objects, so far
         self.closing = threading.Event()
         for key, data in (objects or {}).items():
             self.put(key, data)
@@ -191,9 +191,9 @@ class FaultyS3:
 
     def take(self, key: str, stored: Stored) -> str:
         """Have an object, with the lock held; its entity tag."""
-        self._puts += 1
+        self.stored += 1
         if stored.mtime == _BIRTH:
-            stored.mtime += self._puts
+            stored.mtime += self.stored
         self.objects[key] = stored
         return stored.etag
 

@@ -357,6 +357,14 @@ class Meanwhile:
 
 
 @dataclass(frozen=True)
+class Afterwards:
+    """The call takes effect, then `action` happens, and then it answers, or fails with `error`."""
+
+    action: Callable[[], object]
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
 class Damages:
     """A put that stores other bytes, and says so."""
 
@@ -368,7 +376,7 @@ class Held:
         self.there, self.go_on = threading.Event(), threading.Event()
 
 
-Fault = Lost | Fails | Meanwhile | Damages | Held | None
+Fault = Lost | Fails | Meanwhile | Afterwards | Damages | Held | None
 
 
 class FaultySink:
@@ -430,7 +438,9 @@ class FaultySink:
             if mark:
                 with self._lock:
                     self.effects[mark] += 1
-            if isinstance(fault, Lost):
+            if isinstance(fault, Afterwards):
+                fault.action()
+            if isinstance(fault, Lost | Afterwards) and fault.error is not None:
                 raise fault.error
             return result
         finally:
@@ -498,6 +508,6 @@ def gone(bucket: MemorySource, key: str) -> bool:
 
 UNREACHABLE = Unavailable("the network is unreachable")
 __all__ = [
-    "ANYTHING", "UNREACHABLE", "Damages", "FakeWork", "Fails", "FaultySink", "Held", "Landed", "Lost",
-    "Meanwhile", "SteppedClock", "gone", "objects",
+    "ANYTHING", "UNREACHABLE", "Afterwards", "Damages", "FakeWork", "Fails", "FaultySink", "Held", "Landed",
+    "Lost", "Meanwhile", "SteppedClock", "gone", "objects",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Paying the bucket: at least once with one effect, in order, for as long as it takes."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -596,7 +597,7 @@ def test_a_landing_zone_that_is_short_of_room_waits_for_no_delay(stepped: Bench)
 
 
 def test_new_files_behind_a_delay_are_looked_at_together(stepped: Bench) -> None:
-    """Nothing is due at once there, so nobody is woken for each of thousands of files; a flush looks at once."""
+    """Nothing is due at once there, so nobody is woken for each of thousands; a flush looks at once."""
     looks = 0
     real = stepped.work.changed
 
@@ -841,8 +842,10 @@ TestPaying = pytest.mark.filterwarnings(
     "ignore:(?s)Exception in thread upload.*SystemExit:pytest.PytestUnhandledThreadExceptionWarning"
 )(Paying.TestCase)
 TestPaying.settings = hypothesis_settings(
-    derandomize=True, max_examples=40, stateful_step_count=30, deadline=None
-)
+    derandomize="EXAMPLES" not in os.environ,  # the same in each CI; EXAMPLES=1000 looks further
+    max_examples=int(os.environ.get("EXAMPLES", "40")), stateful_step_count=30, deadline=None,
+    print_blob=True,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
