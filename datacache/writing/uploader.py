@@ -592,7 +592,7 @@ class Uploader:
                     self._changing = False
                     now = self._clock.monotonic()
                     self._place_news(now)
-                    self._next_look = now + min(LOOK_EVERY, self._settings.delay)
+                    self._next_look = now + min(LOOK_EVERY, self._delay)
             self._unseen.clear()
             if self._inherited is None:
                 self._inherited = max(unseen, default=0)

@@ -591,8 +591,8 @@ def test_a_landing_zone_that_is_short_of_room_waits_for_no_delay(stepped: Bench)
     until(lambda: not gone(stepped.bucket, "a"))
     uploader.hurry(False)
     stepped.work.write("b", b"x")
-    uploader.poke()
-    until(lambda: stepped.clock.waiting == [1000])
+    stepped.clock.advance(LOOK_EVERY)
+    until(lambda: "1 pending" in repr(uploader) and bool(stepped.clock.waiting))
     assert gone(stepped.bucket, "b")
 
 
