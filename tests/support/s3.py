@@ -123,12 +123,13 @@ def find_tool(name: str) -> str | None:
 
 
 @contextlib.contextmanager
-def versitygw_server(directory: Path) -> Iterator[S3Server]:
-    """versitygw on `directory`, as a process of its own. `find_tool` says whether it can be had."""
+def versitygw_server(directory: Path, *, port: int = 0) -> Iterator[S3Server]:
+    """versitygw on `directory`, as a process of its own; on a port that is free, or on `port`. `find_tool`
+    says whether it can be had."""
     program = find_tool("versitygw")
     assert program is not None, "versitygw is not installed"
     directory.mkdir(exist_ok=True)
-    port = _free_port()
+    port = port or _free_port()
     process = subprocess.Popen(
         [program, "--port", f"127.0.0.1:{port}", "--quiet", "--keep-alive", "posix", str(directory)],
         env={**os.environ, "ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY},

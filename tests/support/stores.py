@@ -58,9 +58,14 @@ class Bucket:
         return found
 
     def unfinished(self) -> list[str]:
-        """Keys of multipart uploads that were begun and not ended."""
-        page = self.server.client.list_multipart_uploads(Bucket=self.name)
-        return [one["Key"] for one in page.get("Uploads", ())]
+        """Keys of multipart uploads that have parts and were not ended."""
+        client = self.server.client
+        found = []
+        for one in client.list_multipart_uploads(Bucket=self.name).get("Uploads", ()):
+            parts = client.list_parts(Bucket=self.name, Key=one["Key"], UploadId=one["UploadId"])
+            if parts.get("Parts"):
+                found.append(one["Key"])
+        return found
 
 
 def tree_of(top: Path) -> Tree:
