@@ -33,6 +33,7 @@ hold a secret. The cause is always chained.
     + NotEmpty            a directory that still holds something
     + NotHere             no writing here: above the mount points, or under a name that no key can have
     + OtherStore          a rename from one mount point to another
+    + TooManyAttributes   more extended attributes than a path may have
   x LandingError          the landing zone of what is written
     + LandingFull         no room for what is to be written: nothing was dropped
     + LandingBroken       its medium or its journal fails; what it acknowledged is still owed
@@ -173,6 +174,10 @@ class NotHere(NamespaceError):
 
 class OtherStore(NamespaceError):
     """The two names lie under different mount points."""
+
+
+class TooManyAttributes(NamespaceError):
+    """A path would have more extended attributes than it may."""
 
 
 class LandingError(DatacacheError):

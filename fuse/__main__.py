@@ -297,7 +297,7 @@ def serve_portably(settings: Settings, *, mounted: Callable[[], None]) -> None:
 
     directory = settings.mount.directory
     mountpoint.clean_stale(directory)
-    mountpoint.check_target(directory, broker.places(settings))
+    mountpoint.check_target(directory, mountpoint.places(settings))
     with _built(settings) as (worker, files, offer), contextlib.ExitStack() as built:
         offer()
         registration = worker.registration()

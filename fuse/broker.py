@@ -128,7 +128,7 @@ def _mounted(settings: Settings, *, source: str) -> tuple[int, Callable[[], None
     """Mount; the descriptor of the connection, and what takes the mount off again."""
     directory = settings.mount.directory
     mountpoint.clean_stale(directory)
-    mountpoint.check_target(directory, places(settings))
+    mountpoint.check_target(directory, mountpoint.places(settings))
     descriptor = mountpoint.mount(
         directory, source=source, allow_other=settings.mount.allow_other, writable=settings.writing.enabled
     )
@@ -137,14 +137,6 @@ def _mounted(settings: Settings, *, source: str) -> tuple[int, Callable[[], None
         os.close(descriptor)
         raise MountError(f"{directory}: mounted, and gone again before it was served")
     return descriptor, functools.partial(mountpoint.take_off, directory, shown.device)
-
-
-def places(settings: Settings) -> list[str]:
-    """Directories that are in use beside the mount point."""
-    found = [settings.state, *(tier.path for tier in settings.cache.tiers)]
-    if settings.writing.enabled and settings.writing.landing:
-        found.append(settings.writing.landing)
-    return found
 
 
 @dataclass(frozen=True)

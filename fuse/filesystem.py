@@ -56,6 +56,7 @@ from datacache.errors import (
     NotHere,
     OtherStore,
     PathExists,
+    TooManyAttributes,
     VersionChanged,
 )
 from datacache.index.index import ROOT, Index
@@ -107,6 +108,7 @@ _ERRNO: tuple[tuple[type[Exception], int], ...] = (
     (NotEmpty, errno.ENOTEMPTY),
     (NotHere, errno.EPERM),
     (OtherStore, errno.EXDEV),
+    (TooManyAttributes, errno.ENOSPC),  # as local file systems say it; E2BIG is of a single one
     (LandingFull, errno.ENOSPC),
     (IndexFull, errno.ENOSPC),
     (NotFound, errno.ENOENT),
@@ -119,6 +121,7 @@ _ERRNO: tuple[tuple[type[Exception], int], ...] = (
 )
 _EXPECTED = (
     Refused, Stale, NoSuchPath, NotADirectory, IsADirectory, PathExists, NotEmpty, NotHere, OtherStore,
+    TooManyAttributes,
     NotFound,
 )  # fmt: skip
 """Answers, not failures: neither logged nor counted."""

@@ -19,9 +19,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from datacache.config.settings import Settings
 from datacache.errors import MountError, SettingError
 
 log = logging.getLogger(__name__)
@@ -309,8 +310,17 @@ def is_native(driver: str, release: str = "") -> bool:
     return tuple(map(int, numbers[:2])) >= NATIVE_FROM
 
 
-def check_target(directory: str, caches: Sequence[str]) -> None:
-    """Raise unless a data set can be mounted on `directory`, with cache and state directories `caches`.
+def places(settings: Settings) -> dict[str, str]:
+    """Directories that are in use beside the mount point, and the setting that names each."""
+    found = {tier.path: "--cache" for tier in settings.cache.tiers}
+    if settings.writing.enabled and settings.writing.landing:
+        found[settings.writing.landing] = "--landing"
+    return {**found, settings.state: "--state"}
+
+
+def check_target(directory: str, places: Mapping[str, str]) -> None:
+    """Raise unless a data set can be mounted on `directory` that uses the directories `places`: the setting
+    that names each, by path.
 
     SettingError for what the user named wrongly, MountError for what stands in the way. A directory
     that is not empty is no obstacle, as for mount(8), but it is said.
@@ -323,14 +333,12 @@ def check_target(directory: str, caches: Sequence[str]) -> None:
         found = "not a file" if os.path.exists(directory) else "one that exists (mkdir it first)"
         raise SettingError("mount point", directory, f"a directory, {found}")
     target = os.path.realpath(directory)
-    for cache in caches:
-        place = os.path.realpath(cache)
+    for used, setting in places.items():
+        place = os.path.realpath(used)
         # Under the mount point it would vanish behind the mount, and then be read through itself; above
-        # it, whoever cleans or walks the cache would walk into the mount.
+        # it, whoever cleans or walks it would walk into the mount.
         if _within(place, target) or _within(target, place):
-            raise SettingError(
-                "cache or state directory", cache, f"one that is neither under nor over {directory}"
-            )
+            raise SettingError(setting, used, f"a directory that is neither under nor over {directory}")
     if why := obstacle():
         raise MountError(why)
     with contextlib.suppress(OSError):  # who mounts need not be able to read it

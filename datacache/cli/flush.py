@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from datacache.cli import flags, targets
 from datacache.cli.progress import told
-from datacache.cli.tables import as_json
+from datacache.cli.tables import as_json, count, printable
 from datacache.clock import Clock, SystemClock
 from datacache.errors import SettingError
 from datacache.model import format_size, parse_duration
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 ONE_WAIT = 1.0
 """Seconds that the worker waits for one answer: how often progress is shown."""
+
+SAID = 3
+"""Reasons that are said at most."""
+_WAITS = ("under way", "waits for its turn", "waits for what was closed before")
 
 EXAMPLES = """\
 examples:
@@ -60,13 +64,32 @@ def wait(
             answer = control.flush(path, timeout=min(ONE_WAIT, left))
             if answer["clean"] or left <= 0:
                 return answer
-            show(f"{answer['pending']} to upload, {format_size(answer['bytes'])}")
+            show(going(answer))
+
+
+def going(answer: Mapping[str, Any]) -> str:
+    """How it goes, and what keeps it, in one line."""
+    return f"{_left(answer)} ({format_size(answer['bytes'])}) to go{_why(answer)}"
 
 
 def said(answer: Mapping[str, Any]) -> str:
     """What came of it, in one line."""
-    open_files = f"; {answer['open']} files are open for writing" if answer["open"] else ""
     if answer["clean"]:
-        return "all that was closed is in the bucket" + open_files
-    why = "; ".join(answer.get("errors", [])[:3])
-    return f"{answer['pending']} operations are not done yet{open_files}" + (f": {why}" if why else "")
+        return "all that was closed is in the bucket" + _open(answer)
+    verb = "is" if answer["pending"] == 1 else "are"
+    return f"{_left(answer)} {verb} not done yet{_open(answer)}{_why(answer)}"
+
+
+def _left(answer: Mapping[str, Any]) -> str:
+    return count(answer["pending"], "operation")
+
+
+def _open(answer: Mapping[str, Any]) -> str:
+    verb = "is" if answer["open"] == 1 else "are"
+    return f"; {count(answer['open'], 'file')} {verb} open for writing" if answer["open"] else ""
+
+
+def _why(answer: Mapping[str, Any]) -> str:
+    """The first few reasons; of a mere wait there is nothing to say."""
+    why = [printable(reason) for reason in answer.get("errors", []) if not reason.endswith(_WAITS)]
+    return f": {'; '.join(why[:SAID])}" if why else ""

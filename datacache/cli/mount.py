@@ -94,7 +94,7 @@ def mount(settings: "Settings", *, foreground: bool) -> int:
     mountpoint.clean_stale(directory)
     if (already := _already(settings)) is not None:
         return already
-    mountpoint.check_target(directory, [settings.state, *(tier.path for tier in settings.cache.tiers)])
+    mountpoint.check_target(directory, mountpoint.places(settings))
     _check_runtime(settings.runtime)
     if not foreground and not settings.log_file:
         settings = replace(settings, log_file=_log_in(settings.state))
@@ -112,7 +112,7 @@ def _mounted(settings: "Settings", *, foreground: bool) -> int:
             daemon.start()
             daemon.wait_until_mounted()
             _wait_until_it_answers(directory)
-            _ask_the_store(directory)
+            _ask_the_store(directory, may_be_empty=settings.writing.enabled)
         if not foreground:
             print(f"{settings.dataset.name}: mounted at {directory}")
             return 0
@@ -374,7 +374,7 @@ def _wait_until_it_answers(directory: str) -> None:
         raise MountError(f"{directory}: the daemon says that it is mounted, the kernel that it is not")
 
 
-def _ask_the_store(directory: str) -> None:
+def _ask_the_store(directory: str, *, may_be_empty: bool) -> None:
     """Raise when the store says that there is no such bucket, or that it is not for us.
 
     A store that is away is no reason not to mount: what is cached is served. A listing that takes its
@@ -393,7 +393,7 @@ def _ask_the_store(directory: str) -> None:
         why = f"nothing within {STORE_TIMEOUT:.0f} s" if isinstance(error, ControlError) else error
         _say(f"warning: mounted, but its store does not answer ({why}); what is cached is served")
         return
-    if not entries:
+    if not entries and not may_be_empty:
         _say(f"warning: mounted, but there is nothing below {', '.join(worker.uris)}; check the prefix")
 
 

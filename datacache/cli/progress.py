@@ -23,6 +23,8 @@ LOOK = 0.25
 """Seconds between two looks at a job: a bar that moves; a look costs the worker microseconds."""
 LINE = 5.0
 """Seconds between two lines where there is no terminal: a log that can be read later."""
+FIRST = 2.0
+"""... and until the first of them: whoever waits longer wants to know for what."""
 
 
 def rate(status: LoadStatus) -> float:
@@ -76,18 +78,20 @@ def follow(
 
 @contextmanager
 def told(
-    *, out: TextIO = sys.stderr, quiet: bool = False, clock: Clock | None = None
+    *, out: TextIO | None = None, quiet: bool = False, clock: Clock | None = None
 ) -> Iterator[Callable[[str], None]]:
-    """What shows how something goes, in one line: live on a terminal, every few seconds elsewhere."""
+    """What shows how something goes, in one line: live on a terminal, every few seconds elsewhere. `out` is
+    standard error where it is not given."""
+    out = out or sys.stderr
     clock, live = clock or SystemClock(), not quiet and out.isatty()
-    last = clock.monotonic()
+    due = clock.monotonic() + FIRST
 
     def update(text: str) -> None:
-        nonlocal last
+        nonlocal due
         if live:
             print(f"\r\x1b[K{text}", end="", file=out, flush=True)
-        elif not quiet and clock.monotonic() - last >= LINE:
-            last = clock.monotonic()
+        elif not quiet and clock.monotonic() >= due:
+            due = clock.monotonic() + LINE
             print(text, file=out, flush=True)
 
     try:

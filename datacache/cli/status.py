@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from datacache.cli import flags, targets
-from datacache.cli.tables import as_json, columns, printable, share, span, when
+from datacache.cli.tables import as_json, columns, count, printable, share, span, when
 from datacache.clock import Clock, SystemClock
 from datacache.errors import DatacacheError, SettingError
 from datacache.model import format_size, parse_duration
@@ -25,6 +25,10 @@ ANSWER_TIMEOUT = 10.0
 """Seconds for a worker to say how it is. It asks no store for that."""
 _SCRIPTS_ONLY = ("mounts",)
 """What --json has and nobody reads twice: `sources` names the stores."""
+_TOLD = ("dataset", "mount", "pid", "tiers", "writing")
+"""What has lines of its own."""
+_SHOWN = 5
+"""Uploads under way that are named."""
 _EMPTY: tuple[object, ...] = ({}, [], "", None)
 
 EXAMPLES = """\
@@ -131,10 +135,61 @@ def describe(status: Mapping[str, Any]) -> list[str]:
         if tier.get("reason"):
             reasons.append(f"{tier['name']}: {tier['reason']}")
     lines += [f"  {line}" for line in [*columns(rows, right=range(2, 8)), *reasons]]
+    lines += [f"  {line}" for line in _written(status.get("writing", {}))]
     for name, value in status.items():
-        if name not in ("dataset", "mount", "pid", "tiers", *_SCRIPTS_ONLY) and value not in _EMPTY:
+        if name not in (*_TOLD, *_SCRIPTS_ONLY) and value not in _EMPTY:
             lines.append(f"  {name}: {_short(name, value)}")
     return lines
+
+
+def _written(writing: Mapping[str, Any]) -> list[str]:
+    """What was written and is not in the bucket yet, and why; nothing of a mount that is only read."""
+    if not writing:
+        return []
+    from datacache.writing.reasons import Reason, grouped
+
+    uploads = writing["uploads"]
+    lines = [f"written: {_dirty(writing, uploads)}"]
+    for one in uploads["running"][:_SHOWN]:
+        so_far = f"{format_size(one['sent'])} of {format_size(one['size'])}, {span(one['seconds'])}"
+        lines.append(f"  under way: {one['what']} {printable(one['key'])} ({so_far})")
+    if len(uploads["running"]) > _SHOWN:
+        lines.append(f"  under way: {len(uploads['running']) - _SHOWN} more")
+    reasons = [Reason(one["what"], one["key"], one["why"]) for one in uploads["failing"]]
+    failing = grouped(reasons, known=uploads["away"])
+    lines += [f"  no answer: {printable(one)}" for one in uploads["away"]]
+    lines += [f"  failing: {printable(one)}" for one in failing]
+    lines += [f"  waits for a person: {printable(one)}" for one in writing["parked"]]
+    free, total = format_size(writing["landing_free_bytes"]), format_size(writing["landing_total_bytes"])
+    short = "; short of room, so uploads wait for no delay" if writing["short_of_room"] else ""
+    lines.append(f"  landing zone: {writing['landing']}, room for {free} of {total}{short}")
+    done = [
+        f"{count(uploads['uploads'], 'upload')} ({format_size(uploads['bytes'])})",
+        count(uploads["copies"], "copy", "copies"),
+        count(uploads["deletes"], "delete"),
+        count(uploads["failures"], "failed attempt"),
+        count(writing["dirty_conflicts"], "conflict"),
+    ]
+    if uploads["unverified"]:
+        done.append(f"{uploads['unverified']} of which only the size was compared")
+    lines.append(f"  since it started: {', '.join(done)}")
+    return lines
+
+
+def _dirty(writing: Mapping[str, Any], uploads: Mapping[str, Any]) -> str:
+    if not (writing["dirty_files"] or writing["dirty_due"]):
+        return "all of it is in the bucket"
+    files, size = count(writing["dirty_files"], "file"), format_size(writing["dirty_bytes"])
+    parts = [f"{files} ({size}) not in the bucket yet"]
+    if writing["dirty_open"]:
+        parts.append(f"{writing['dirty_open']} open for writing")
+    if uploads["refused"]:
+        parts.append(f"{uploads['refused']} closed, but somebody can write to them still")
+    if writing["dirty_unnoted"]:
+        parts.append(f"{writing['dirty_unnoted']} closed, which cannot be noted on a full disk")
+    due = f"{count(uploads['pending'], 'operation')} due"
+    parts.append(f"{due}, the oldest for {span(uploads['oldest'])}" if uploads["pending"] else due)
+    return ", ".join(parts)
 
 
 def _short(name: str, value: Any) -> str:

@@ -31,6 +31,11 @@ def share(part: float, whole: float) -> str:
     return f"{int(100 * part / whole)} %" if whole else NEVER
 
 
+def count(number: int, one: str, many: str = "") -> str:
+    """ "1 file", "2 files"; `many` where it is not `one` with an "s"."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def when(mtime_ns: int) -> str:
     """Local time of a file, as `ls --full-time` without the fractions."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(mtime_ns / 1e9)) if mtime_ns else NEVER

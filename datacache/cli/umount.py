@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
 def _settle(worker: "Registration", directory: str, *, drain: bool) -> None:
     """See to it that nothing is written there that the bucket does not have. Raises MountError."""
     from datacache.cli import flush, targets
+    from datacache.cli.tables import count
 
     control = targets.Place(worker, "/").control(timeout=ASK_TIMEOUT)
     try:
@@ -101,14 +102,16 @@ def _settle(worker: "Registration", directory: str, *, drain: bool) -> None:
         return
     if drain:
         answer = flush.wait(control, "/", timeout=float("inf"))
-        if not answer["open"]:
-            return
-        writing = writing | {"dirty_files": answer["open"], "dirty_due": 0}
-    if writing["dirty_due"] or writing["dirty_files"]:
+        if answer["open"]:
+            raise MountError(
+                f"{directory}: {count(answer['open'], 'file')} open for writing, so not in the bucket; close "
+                "what writes there (`lsof`), or --leave: the next mount with this landing zone uploads it"
+            )
+    elif writing["dirty_due"] or writing["dirty_files"]:
         raise MountError(
-            f"{directory}: {writing['dirty_files']} files ({format_size(writing['dirty_bytes'])}) and "
-            f"{writing['dirty_due']} changes in all are not in the bucket yet; --drain waits for them, "
-            "--leave unmounts now, and the next mount with this landing zone uploads them"
+            f"{directory}: {count(writing['dirty_files'], 'file')} ({format_size(writing['dirty_bytes'])}), "
+            f"{count(writing['dirty_due'], 'change')} in all, not in the bucket yet; --drain waits for that, "
+            "--leave unmounts now, and the next mount with this landing zone uploads it"
         )
 
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 from datacache.clock import Clock
 from datacache.config.keys import REGION
 from datacache.config.settings import SourceSettings
-from datacache.errors import SettingError, Unsupported
+from datacache.errors import SettingError
 from datacache.model import MountPoint
 from datacache.sources.checked import CheckedSource
 from datacache.sources.local import LocalSink, LocalSource
@@ -135,8 +135,8 @@ def open_raw(
 
 
 def open_sink(point: MountPoint, settings: SourceSettings, *, environment: Environment, clock: Clock) -> Sink:
-    """Where the objects of `point` are put: one request a call. Raises SettingError, and Unsupported for what
-    can only be read; asks nobody yet."""
+    """Where the objects of `point` are put: one request a call. Raises SettingError, also for what can only
+    be read; asks nobody yet."""
     return _plan(point, environment).sink(settings, clock)
 
 
@@ -483,13 +483,14 @@ def _web(uri: str, given: _Options) -> Makers:
     ca_bundle = given.file("ca_bundle")
     return Makers(
         lambda settings, clock: WebSource(root, ca_bundle=ca_bundle, settings=settings),
-        _read_only(f"{_shown(uri)} can only be read: web servers take no files"),
+        _read_only(uri, "web servers take no files"),
     )
 
 
-def _read_only(why: str) -> Callable[[SourceSettings, Clock], Sink]:
+def _read_only(uri: str, why: str) -> Callable[[SourceSettings, Clock], Sink]:
     def refuse(settings: SourceSettings, clock: Clock) -> Sink:
-        raise Unsupported(f"{why}; mount it without --rw, or write to a bucket or a directory")
+        expected = f"a bucket or a directory, with --rw: this can only be read ({why})"
+        raise SettingError("URI", _shown(uri), expected)
 
     return refuse
 
@@ -498,7 +499,7 @@ def _fsspec(uri: str, options: Mapping[str, str]) -> Makers:
     from datacache.sources.filesystem import FsspecSource, check_scheme
 
     check_scheme(uri)
-    refused = f"{_shown(uri)} can only be read: nothing is written through fsspec"
     return Makers(
-        lambda settings, clock: FsspecSource(uri, settings=settings, options=options), _read_only(refused)
+        lambda settings, clock: FsspecSource(uri, settings=settings, options=options),
+        _read_only(uri, "nothing is written through fsspec"),
     )

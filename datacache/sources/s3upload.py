@@ -386,13 +386,17 @@ class S3Sink:
             return self._conditional
 
     def _ask(self) -> bool:
-        key = f"{self._bucket.prefix}.datacache-condition-{uuid.uuid4().hex}"
+        name = f".datacache-condition-{uuid.uuid4().hex}"
+        key = self._bucket.prefix + name
         nothing = md5(b"", usedforsecurity=False).digest()
         try:
             self._client.store(key, b"", md5=nothing, condition={"IfMatch": _NEVER})
         except VersionChanged:
             return True
-        except Unsupported as error:
+        except SourceError as error:
+            error.args = (str(error).replace(name, ""), *error.args[1:])  # nobody has heard of that name
+            if not isinstance(error, Unsupported):
+                raise
             _log.info("%s knows no conditional puts: %s", self.uri, error)
             return False
         self._client.remove(key, condition={})

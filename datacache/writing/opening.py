@@ -55,10 +55,11 @@ class Writing:
     """The write path of one data set, at work."""
 
     def __init__(
-        self, landing: Landing, journal: Journal, overlay: Overlay, settling: Settling, uploader: Uploader
-    ) -> None:
+        self, landing: Landing, journal: Journal, overlay: Overlay, settling: Settling, uploader: Uploader,
+        keeper: Keeper,
+    ) -> None:  # fmt: skip
         self.landing, self.journal, self.overlay = landing, journal, overlay
-        self.settling, self.uploader = settling, uploader
+        self.settling, self.uploader, self.keeper = settling, uploader, keeper
 
     def __repr__(self) -> str:
         return f"<Writing {self.landing.directory}>"
@@ -67,14 +68,22 @@ class Writing:
         """Wait until all that is due below `top` (None: all of it) is in the bucket, for `timeout` seconds at
         most; whether it is, and what is left."""
         self.overlay.closes.wait()
+        unnoted = self.overlay.note_closes()
         self.overlay.sync_names()
         prefix = None if top is None else (top.mount, self.overlay.key_of(top))
-        clean = self.uploader.flush(prefix, timeout=timeout).complete
+        flushed = self.uploader.flush(prefix, timeout=timeout)
         dirty = self.settling.dirty()
         return {
-            "clean": clean, "pending": dirty.due, "open": dirty.open, "bytes": dirty.bytes,
-            "errors": [*self.settling.parked().values(), *self.uploader.errors()][:20],
+            "clean": flushed.complete and not unnoted,
+            "pending": dirty.due, "open": dirty.open, "bytes": dirty.bytes,
+            "errors": [*self._unnoted(unnoted), *self.uploader.reasons(flushed.left)][:20],
         }  # fmt: skip
+
+    def _unnoted(self, count: int) -> list[str]:
+        if not count:
+            return []
+        closed = "1 file was" if count == 1 else f"{count} files were"
+        return [f"{closed} closed, which cannot be noted: the landing zone has no room for its journal"]
 
     def status(self) -> dict[str, Any]:
         """For `datacache status`; docs/operations.md describes the keys."""
@@ -88,6 +97,8 @@ class Writing:
                 for name, value in asdict(self.settling.dirty()).items()
                 if name != "oldest"
             },
+            "dirty_unnoted": len(self.overlay.ledger.unnoted),
+            "short_of_room": self.keeper.hurrying,
             "parked": list(self.settling.parked().values())[:20],
             "uploads": self.uploader.status(),
         }
@@ -152,7 +163,7 @@ def open_writing(
         keeper = Keeper(landing, journal, overlay, copies=cache, uploads=uploader, marks=marks)
         built.callback(keeper.close)
         keeper.start()
-        yield Writing(landing, journal, overlay, settling, uploader)
+        yield Writing(landing, journal, overlay, settling, uploader, keeper)
 
 
 def _check_place(directory: str, uris: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ from datacache.errors import (
     NotHere,
     OtherStore,
     PathExists,
+    TooManyAttributes,
     VersionChanged,
 )
 from datacache.index import names, walking
@@ -524,7 +525,7 @@ class Overlay:
 
     def set_xattr(self, ino: int, name: bytes, value: bytes, *, create: bool, replace: bool) -> None:
         """Raises PathExists (`create`, and there is one), NoSuchPath (`replace`, and there is none), and
-        LandingFull beyond XATTRS_MAX."""
+        TooManyAttributes beyond XATTRS_MAX."""
         with self._lock:
             before = self.attributes(self.entry(ino)).xattrs
             if create and name in before:
@@ -533,7 +534,7 @@ class Overlay:
                 raise NoSuchPath(f"extended attribute {names.to_text(name)}")
             xattrs = {**before, name: value}
             if sum(len(k) + len(v) for k, v in xattrs.items()) > XATTRS_MAX:
-                raise LandingFull(f"a path has {XATTRS_MAX} bytes of extended attributes at most")
+                raise TooManyAttributes(f"a path has {XATTRS_MAX} bytes of extended attributes at most")
             self._change_attributes(ino, lambda kept: _with_xattrs(kept, xattrs))
 
     def remove_xattr(self, ino: int, name: bytes) -> None:

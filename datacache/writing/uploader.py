@@ -17,6 +17,7 @@ overlay may call `poke`, `stop_op` and `forget` with its lock held, and nobody c
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -37,6 +38,7 @@ from datacache.errors import (
 from datacache.sources.sink import SIZE, Sink
 from datacache.telemetry import redact
 from datacache.writing.journal import Op, OpKind
+from datacache.writing.reasons import Reason, grouped
 from datacache.writing.schedule import Plan, needed
 from datacache.writing.sending import (
     JOURNAL_ID,
@@ -64,8 +66,13 @@ ABANDONS = 3
 LOOK_EVERY = 0.1
 """Seconds between two looks at what is new, where an upload delay keeps it from being due at once: else the
 watch would be woken for each of thousands of files that are written (27 futex calls each)."""
+PATIENCE = 2.0
+"""Real seconds that requests under way are given when all ends: a small put is done by then, and a store that
+hangs is not waited for."""
 LISTED = 20
-"""Operations that `stats` and `flush` name one by one."""
+"""Operations that `stats` names one by one."""
+REASONED = 1000
+"""... and those of which `flush` says why they are not done."""
 _CHUNK = 1000  # changes of the plan, or so, under one hold of the lock: some ms
 
 
@@ -165,6 +172,12 @@ class _Store:
     tries: int = 0
     probe_at: float = 0.0
     probing: int | None = None
+
+    @property
+    def said(self) -> str:
+        """What it failed with, and which it is."""
+        uri = self.uri.partition("?")[0]
+        return self.away if self.away.startswith(uri) else f"{self.uri}: {self.away}"
 
 
 @dataclass
@@ -314,7 +327,7 @@ class Uploader:
                     # A conflict may have put our version under a name of its own: that is to get there, too.
                     again = not left and self._conflicts != seen and up_to is None and not self._closed
                 if not again:
-                    return Flushed(not left, self._reasons(left[:LISTED]), len(left))
+                    return Flushed(not left, self._reasons(left[:REASONED]), len(left))
         finally:
             with self._lock:
                 self._flushes.discard(flush)
@@ -352,7 +365,7 @@ class Uploader:
                 running=tuple(running),
                 failing_count=len(failing),
                 refused=len(self._refused),
-                away=tuple(f"{store.uri}: {store.away}" for store in self._stores if store.away),
+                away=tuple(store.said for store in self._stores if store.away),
                 conflicts=self._conflicts,
                 unverified=self._unverified,
                 uploads=self._uploads,
@@ -361,7 +374,7 @@ class Uploader:
                 bytes=self._bytes,
                 failures=self._failures,
                 failing=tuple(
-                    Waiting(op.mount, op.key, _what(op), self._troubles[seq].why)
+                    Waiting(op.mount, op.key, _what(op), self._last(op, self._troubles[seq]))
                     for seq in failing[:LISTED]
                     if (op := self._plan.get(seq)) is not None
                 ),
@@ -371,17 +384,19 @@ class Uploader:
         """`stats` as JSON has it; docs/operations.md describes the keys."""
         return asdict(self.stats())
 
-    def errors(self) -> list[str]:
-        """What the first few that fail have failed with."""
-        return [f"{one.what} {one.key}: {one.why}" for one in self.stats().failing]
+    def reasons(self, left: Sequence[Waiting]) -> list[str]:
+        """Why `left` is not done, for people: each reason once, those of whole stores first."""
+        with self._lock:
+            away = [store.said for store in self._stores if store.away]
+        return [*away, *grouped((Reason(one.what, one.key, one.why) for one in left), known=away)]
 
     def waiting(self, limit: int = LISTED) -> tuple[Waiting, ...]:
         """The first of what is pending, and why it is."""
         return self._reasons([op.seq for op in self._work.ops()[:limit]])
 
     def close(self) -> None:
-        """Stop what is under way, as soon as the sinks let it, and join all threads. What is unfinished is in
-        the journal. Idempotent."""
+        """Stop what is under way and join all threads. Requests that do not end within `PATIENCE` are cut off
+        by closing the sinks. What is unfinished is in the journal. Idempotent."""
         with self._lock:
             self._closed = True
             attempts = list(self._running.values())
@@ -390,12 +405,18 @@ class Uploader:
                 flush.event.set()
         for attempt in attempts:
             attempt.give_up()
+        end = time.monotonic() + PATIENCE
         while True:
             with self._lock:
                 threads = list(self._threads)
                 self._threads.clear()
             if not threads:
                 return
+            for thread in threads:
+                thread.join(max(0.0, end - time.monotonic()))
+            if any(thread.is_alive() for thread in threads):
+                for sink in self._sinks:
+                    sink.close()
             for thread in threads:
                 thread.join()
 
@@ -862,16 +883,22 @@ class Uploader:
                     found.append(Waiting(op.mount, op.key, _what(op), parked.get(seq) or self._why(op)))
         return tuple(found)
 
+    def _last(self, op: Op, trouble: _Trouble) -> str:
+        """What it has failed with, or what all say of a store that does not answer."""
+        store = self._stores[op.mount]
+        return store.away if store.away and trouble.unavailable else trouble.why
+
     def _why(self, op: Op) -> str:
         trouble = self._troubles.get(op.seq)
         if op.seq in self._running:
             return "under way"
         if not op.since:
             return "not closed yet"
+        store = self._stores[op.mount]
         if trouble is not None and trouble.why:
-            return trouble.why
-        if self._stores[op.mount].away:
-            return self._stores[op.mount].away
+            return self._last(op, trouble)
+        if store.away:
+            return store.away
         if not self._plan.may(op.seq):
             return "waits for what was closed before"
         placed = self._placed.get(op.seq)

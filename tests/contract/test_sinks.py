@@ -13,7 +13,7 @@ from obstore.store import MemoryStore
 
 from datacache.clock import SystemClock
 from datacache.config.settings import SourceSettings
-from datacache.errors import Unavailable, Unsupported
+from datacache.errors import SettingError, Unavailable, Unsupported
 from datacache.model import MountPoint, TiB
 from datacache.sources.aws import Bucket, find_bucket
 from datacache.sources.faulty import Fail, FaultySink, Lost
@@ -123,8 +123,20 @@ def test_a_lost_answer_is_found_by_its_mark() -> None:
 @pytest.mark.parametrize("uri", ["http://host/data", "https://host/data", "memory://x"])
 def test_what_can_only_be_read_is_refused_early(uri: str) -> None:
     """Without network, with a sentence."""
-    with pytest.raises(Unsupported, match="can only be read"):
+    with pytest.raises(SettingError, match="can only be read"):
         open_sink(MountPoint(uri), SETTINGS, environment={}, clock=SystemClock())
+
+
+def test_who_cannot_be_asked_about_conditions_is_named_and_not_the_probe() -> None:
+    """The object that S3 is asked with is ours; who reads of it looks for it in vain."""
+    point = MountPoint("s3://bucket/x", options={"endpoint": "http://127.0.0.1:1", "anonymous": "true"})
+    sink = open_sink(point, SETTINGS, environment={}, clock=SystemClock())
+    try:
+        with pytest.raises(Unavailable, match="s3://bucket/x") as caught:
+            _ = sink.traits
+    finally:
+        sink.close()
+    assert "datacache-condition" not in str(caught.value)
 
 
 def test_each_scheme_opens_its_sink(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from datacache.config.settings import IO, MountSettings, Settings, WritingSettings
 from datacache.errors import MountError, SettingError
 from datacache.model import Dataset, MountPoint
-from fuse import broker
+from fuse import broker, mountpoint
 from fuse.broker import Broker, Handover
 from fuse.connection import Agreement
 from tests.conftest import AnnouncedLogs
@@ -138,8 +138,8 @@ def test_an_upgrade_that_is_not_answered_is_an_error(tmp_path: Path, answer: byt
 
 def test_a_landing_zone_is_not_mounted_over(settings: Settings) -> None:
     """It is one of the directories that are in use, where it is chosen and something is written."""
-    before = broker.places(settings)
+    before = mountpoint.places(settings)
     assert settings.state in before
     writing = WritingSettings(enabled=True, landing="/landing")
-    assert broker.places(replace(settings, writing=writing)) == [*before, "/landing"]
-    assert broker.places(replace(settings, writing=replace(writing, enabled=False))) == before
+    assert mountpoint.places(replace(settings, writing=writing)) == {**before, "/landing": "--landing"}
+    assert mountpoint.places(replace(settings, writing=replace(writing, enabled=False))) == before

@@ -136,19 +136,19 @@ def test_a_cache_under_its_own_mount_point_is_refused(tmp_path: Path, cache: str
     (tmp_path / "l").symlink_to(target)
     place = str(tmp_path / cache)
     if fits:
-        mountpoint.check_target(str(target), [place])
+        mountpoint.check_target(str(target), {place: "--landing"})
     else:
-        with pytest.raises(SettingError, match="neither under nor over"):
-            mountpoint.check_target(str(target), [place])
+        with pytest.raises(SettingError, match=r"^--landing: .* neither under nor over"):
+            mountpoint.check_target(str(target), {place: "--landing"})
 
 
 def test_a_mount_point_must_be_a_directory_that_exists(tmp_path: Path) -> None:
     """One line that names it and says what would be right."""
     (tmp_path / "file").touch()
     with pytest.raises(SettingError, match=r"file.*expected a directory, not a file"):
-        mountpoint.check_target(str(tmp_path / "file"), [])
+        mountpoint.check_target(str(tmp_path / "file"), {})
     with pytest.raises(SettingError, match="mkdir"):
-        mountpoint.check_target(str(tmp_path / "nothing"), [])
+        mountpoint.check_target(str(tmp_path / "nothing"), {})
 
 
 def test_a_mount_point_that_is_not_empty_is_announced(tmp_path: Path, logs: AnnouncedLogs) -> None:
@@ -157,5 +157,5 @@ def test_a_mount_point_that_is_not_empty_is_announced(tmp_path: Path, logs: Anno
         pytest.skip(problem)
     logs.expect("is not empty")
     (tmp_path / "file").touch()
-    mountpoint.check_target(str(tmp_path), [])
+    mountpoint.check_target(str(tmp_path), {})
     assert logs.messages()

@@ -564,6 +564,9 @@ def test_extended_attributes(begin: Maker) -> None:
         assert refused(it.files.getxattr, node, b"user.one") == errno.ENODATA
         assert refused(it.files.removexattr, node, b"user.one") == errno.ENODATA
         assert refused(it.files.setxattr, node, b"security.capability", b"", 0) == errno.EOPNOTSUPP
+        many = _raised(it.files.setxattr, node, b"user.many", b"x" * 65_536, 0)
+        assert it.files.failed("x", many) == errno.ENOSPC
+        assert not it.files.stats()["errors"], "it is no failure of the landing zone"
         assert refused(it.files.getxattr, node, b"security.capability") == errno.ENODATA
         assert refused(it.files.getxattr, node, b"system.posix_acl_access") == errno.EOPNOTSUPP
         assert refused(it.files.setxattr, node, b"user.datacache.uri", b"", 0) == errno.EPERM

@@ -26,6 +26,7 @@ from datacache.errors import (
 from datacache.model import ObjectInfo
 from datacache.sources.memory import MemorySource
 from datacache.writing import steps
+from datacache.writing import uploader as uploading
 from datacache.writing.journal import ANYTHING, NOTHING, Op, OpKind
 from datacache.writing.uploader import JOURNAL_ID, LOOK_EVERY, Uploader
 from tests.conftest import AnnouncedLogs
@@ -437,7 +438,7 @@ def test_it_is_tried_for_ever_with_growing_pauses(stepped: Bench, logs: Announce
     until(lambda: stepped.clock.waiting == [60])
     stats = uploader.stats()
     assert stats.failing[0].why == "a landing file cannot be read" and stats.failing_count == 1
-    assert uploader.errors() == ["put a: a landing file cannot be read"]
+    assert uploader.reasons(uploader.stats().failing) == ["upload of 'a': a landing file cannot be read"]
     assert len(logs.messages()) == 1, "told once"
     assert stats.oldest == 183
     stepped.work.landed.update(data)
@@ -672,6 +673,49 @@ def test_a_flush_ends_when_the_uploader_does(stepped: Bench) -> None:
     uploader.close()
     thread.join()
     assert answers == [False]
+
+
+def test_a_store_that_is_away_is_one_reason(stepped: Bench, logs: AnnouncedLogs) -> None:
+    """However many wait for it, and whatever each was told."""
+    logs.expect("do not get through")
+    for key in "abc":
+        stepped.work.write(key, b"x")
+    stepped.sink.add("put", Fails(Unavailable("'a' cannot be had")), Fails(Unavailable("'b' cannot be had")))
+    uploader = stepped.start(jitter=1.0)
+    until(lambda: bool(uploader.stats().away))
+    uri = stepped.sink.uri
+    assert uploader.reasons(uploader.waiting()) == [f"{uri}: 'a' cannot be had"]
+
+
+class Stuck(FaultySink):
+    """A store that does not answer until its connections are cut."""
+
+    def __init__(self, bucket: MemorySource) -> None:
+        super().__init__(bucket)
+        self.asked_for, self.cut = threading.Event(), threading.Event()
+
+    def put(self, key: str, *args: Any, **more: Any) -> Any:
+        self.asked_for.set()
+        assert self.cut.wait(30)
+        raise Unavailable("the connection was cut")
+
+    def close(self) -> None:
+        self.cut.set()
+
+
+def test_a_store_that_hangs_does_not_hold_up_the_end(
+    stepped: Bench, monkeypatch: pytest.MonkeyPatch, logs: AnnouncedLogs
+) -> None:
+    """Its requests are cut off; what was not sent is still owed."""
+    logs.expect("do not get through")
+    monkeypatch.setattr(uploading, "PATIENCE", 0.05)
+    stepped.work.write("a", b"x")
+    sink = Stuck(stepped.bucket)
+    uploader = stepped.start(sinks=[sink])
+    assert sink.asked_for.wait(10)
+    uploader.close()
+    assert sink.cut.is_set()
+    assert [op.key for op in stepped.work.ops()] == ["a"]
 
 
 def test_bandwidth_is_bounded_over_all_threads(bench: Bench) -> None:
