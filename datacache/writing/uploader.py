@@ -603,10 +603,10 @@ class Uploader:
                     with self._lock:
                         self._changing = True
                         for seq, op in ops:
-                            if op is None:
-                                self._drop(seq)
-                            else:
+                            if op is not None:
                                 self._have(op)
+                            elif seq not in self._running:  # else it is dropped, and counted, when it ends
+                                self._drop(seq)
             finally:
                 with self._lock:
                     self._park(parked)

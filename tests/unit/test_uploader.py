@@ -744,6 +744,24 @@ def test_bandwidth_is_bounded_over_all_threads(bench: Bench) -> None:
     assert bench.clock.monotonic() - began >= 9 - 1e-6, "the first second's worth goes at once"
 
 
+def test_who_flushes_finds_all_of_it_counted(bench: Bench) -> None:
+    """What is settled stays pending until it was counted, though another thread sees it settled before."""
+    settled = bench.work.settled
+    seen = []
+
+    def settle(*args: Any) -> None:
+        settled(*args)
+        uploader._bring_up_to_date()
+        seen.append(repr(uploader))
+
+    bench.work.settled = settle  # type: ignore[method-assign]
+    bench.work.write("a", b"one")
+    uploader = bench.start()
+    assert uploader.flush()
+    assert "1 pending, 1 running" in seen[0]
+    assert uploader.stats().uploads == 1
+
+
 def test_in_the_order_of_closes(bench: Bench) -> None:
     for n in range(20):
         bench.work.write(f"f{n:02}", b"x")
