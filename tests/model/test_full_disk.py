@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from datacache.clock import VirtualClock
+from datacache.config.parsing import read_settings
 from datacache.errors import DatacacheError, IndexFull, LandingFull
 from datacache.sources.memory import MemorySource
+from datacache.worker import Worker
 from datacache.writing.ballast import Ballast
 from datacache.writing.landing import LandedFile
 from tests.conftest import AnnouncedLogs
@@ -115,6 +117,27 @@ def test_a_zone_is_opened_on_a_full_disk(place: Place, killed: bool) -> None:
     assert {path: data for path, data in tree.items() if path != "/huge"} == expected()
     assert ("/huge" in tree) == killed
     after.close()
+
+
+def test_a_data_set_starts_on_a_full_disk(tmp_path: Path, place: Place) -> None:
+    """Mounts and `recover`: the catalogue of names is opened first, and needs room as the journal does."""
+    (tmp_path / "bucket").mkdir()
+    given = {
+        "uri": [f"file://{tmp_path}/bucket"], "rw": True, "state": f"{place.root}/data",
+        "cache": [f"ssd:{tmp_path}/cache=1MiB"], "upload-delay": "1h",
+    }  # fmt: skip
+    settings = read_settings(given, config_file=None, environment={})
+    with Worker(settings) as worker:
+        assert worker.writing is not None
+        overlay = worker.writing.overlay
+        for number in range(SMALL):
+            ino = overlay.create(worker.index.resolve("/").ino, b"%d" % number, mode=0o644, uid=0, gid=0).ino
+            overlay.closed(ino, overlay.open(ino, writing=True))
+    with open(place.root / "filler", "wb") as other:
+        fill(other.fileno())
+    with Worker(settings) as worker:
+        assert worker.flush("/", timeout=60)["clean"]
+    assert len(os.listdir(tmp_path / "bucket")) == SMALL
 
 
 def test_ballast_is_made_again_when_there_is_room(place: Place) -> None:
