@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 EVERY = 1.0
 """Seconds between two looks."""
+BARREN = 30
+"""Looks for which no copies are asked to leave after none could."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Keeper:
         self._device = os.stat(landing.directory).st_dev
         self.hurrying = False
         """Whether the disk was under pressure at the last look."""
+        self._barren = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -91,11 +94,15 @@ class Keeper:
         if now.hurry != self.hurrying:
             self.hurrying = now.hurry
             self._uploads.hurry(now.hurry)
-        if now.over_by:
-            self._overlay.sync_names()  # what nobody names any more goes
-            self._copies.make_room(self._device, now.over_by)
-        else:
+        if not now.over_by:
             self._journal.top_up()
+            return
+        if self._overlay.ledger.keeps_unnamed:
+            self._overlay.sync_names()  # what nobody names any more goes
+        if self._barren:
+            self._barren -= 1
+        elif not self._copies.make_room(self._device, now.over_by):
+            self._barren = BARREN  # nothing may leave now: the disk is full of what others have
 
     def start(self) -> None:
         """Look each second until `close`."""

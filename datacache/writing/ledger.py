@@ -114,6 +114,11 @@ class Ledger:
                 raise
             _log.warning("%s: names that were changed follow when the mount is started again", error)
 
+    @property
+    def keeps_unnamed(self) -> bool:
+        """Whether landing files wait for a sync to be removed."""
+        return bool(self._dispensable)
+
     def sync(self) -> None:
         """Return when all that was committed before is durable, and the names of landing files are. Raises
         LandingBroken."""

@@ -9,7 +9,7 @@ from datacache.config.parsing import read_settings
 from datacache.config.settings import Settings
 from datacache.errors import LandingFull, SettingError
 from datacache.writing import steps
-from datacache.writing.keeper import Keeper, Pressure, Watermarks, pressure
+from datacache.writing.keeper import BARREN, Keeper, Pressure, Watermarks, pressure
 from datacache.writing.landing import Room
 from tests.conftest import AnnouncedLogs
 from tests.support.overlays import Mounted, Place
@@ -44,13 +44,14 @@ class Others:
     def __init__(self) -> None:
         self.hurried: list[bool] = []
         self.asked: list[tuple[int, int]] = []
+        self.freed = 1
 
     def hurry(self, on: bool) -> None:
         self.hurried.append(on)
 
     def make_room(self, device: int, over_by: int) -> int:
         self.asked.append((device, over_by))
-        return 0
+        return self.freed
 
 
 @pytest.fixture
@@ -86,6 +87,19 @@ def test_above_high_uploads_go_first_and_clean_copies_leave(mounted: Mounted) ->
     one.look()
     one.look()
     assert (others.hurried, len(others.asked)) == ([True, False], 2)
+
+
+def test_copies_that_may_not_leave_are_not_asked_each_second(mounted: Mounted) -> None:
+    """Nor is a disk synced each second that others keep full."""
+    others, syncs = Others(), []
+    others.freed = 0
+    mounted.landing.room = lambda: Room(100, 0, 0)  # type: ignore[method-assign]
+    mounted.overlay.sync_names = lambda: syncs.append(1)  # type: ignore[method-assign]
+    one = keeper(mounted, others)
+    for _ in range(BARREN + 2):
+        one.look()
+    assert len(others.asked) == 2
+    assert not syncs
 
 
 def test_what_nobody_names_any_more_goes_under_pressure(mounted: Mounted) -> None:
