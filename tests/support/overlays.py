@@ -59,7 +59,9 @@ class Mounted:
         resumed: bool = False,
         conflict: Conflict = Conflict.KEEP_BOTH,
         ttl: float = 10.0,
+        markers: bool = True,
     ) -> None:
+        """`markers`: the store can have keys that end in "/"."""
         self.place = place
         make_way(str(place.root))
         index = open_index(
@@ -75,7 +77,7 @@ class Mounted:
         """Called before bytes that the store has now are put into the cache."""
         self.overlay = Overlay(
             index, self.journal, self.landing, clock=place.clock, bring=self._bring,
-            roots=[ROOT], resumed=resumed,
+            roots=[ROOT], resumed=resumed, accepts=lambda mount, key: markers or not key.endswith("/"),
         )  # fmt: skip
         self.settling = Settling(self.overlay, keep=self._keep, conflict=conflict, host="")
 
