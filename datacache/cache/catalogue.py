@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import xxhash
 
 from datacache.cache.policy import Candidate
-from datacache.cache.tier import Standing
-from datacache.model import Buffer, ByteRange, CacheKey
+from datacache.cache.tier import Block, Standing
+from datacache.model import Buffer, CacheKey
 
 FORMAT = 1
 NAME = "catalogue.db"
@@ -71,19 +71,6 @@ _CANDIDATES = (
     "SELECT e.id, digest, d.name, d.priority, last_open, used, superseded, pinned"
     " FROM entries e JOIN datasets d ON d.id = e.dataset"
 )
-
-
-class Block(NamedTuple):
-    """A filled and checksummed piece."""
-
-    start: int
-    stop: int
-    checksum: int
-    epoch: int = 0
-
-    @property
-    def span(self) -> ByteRange:
-        return ByteRange(self.start, self.stop)
 
 
 class Row(NamedTuple):
@@ -313,9 +300,10 @@ class Catalogue:
             "UPDATE entries SET used = used + ?, present = present + ? WHERE id = ?", (used, present, entry)
         )
 
-    def remove(self, entry: int) -> bool:
-        """Forget an entry; whether it was there."""
-        with self._change() as db:
+    def remove(self, entry: int, *, durable: bool = False) -> bool:
+        """Forget an entry; whether it was there. `durable`: its file may be written to afterwards, and a
+        power cut must not bring back rows that vouch for it."""
+        with self._change(durable=durable) as db:
             db.execute("DELETE FROM blocks WHERE entry = ?", (entry,))
             return db.execute("DELETE FROM entries WHERE id = ?", (entry,)).rowcount > 0
 

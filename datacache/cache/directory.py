@@ -13,14 +13,13 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, read_owner
-from datacache.cache.store import Entry, Rules, Store, Whole
-from datacache.cache.tier import EntryStats, Opened, Standing, TierStats
+from datacache.cache.store import Entry, Rules, Store
+from datacache.cache.tier import Block, EntryStats, Standing, TierStats
 from datacache.clock import Clock
 from datacache.errors import CacheError, Damaged, TierBroken, TierFull
 from datacache.model import Buffer, ByteRange, CacheKey, format_size
@@ -116,25 +115,34 @@ class DirectoryTier:
                 self.trouble(store, error)
         return None
 
-    def take(self, key: CacheKey, file: Opened) -> Callable[[], bool] | None:
+    def admit(self, key: CacheKey, descriptor: int) -> "TakenFile | None":
+        store = self._store
+        if store is not None:
+            try:
+                return TakenFile(self, store, key) if store.admit(key, descriptor) else None
+            except TierFull as full:
+                log.debug("%s is not kept: %s", key.key, full)
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
+        return None
+
+    def surrender(self, key: CacheKey, at: int, name: str) -> Sequence[Block] | None:
+        store = self._store
+        if store is not None:
+            try:
+                return store.surrender(bytes.fromhex(key.digest), at, name)
+            except (OSError, sqlite3.Error) as error:
+                self.trouble(store, error)
+        return None
+
+    def disown(self, files: Collection[tuple[int, int]]) -> None:
         store = self._store
         if store is None:
-            return None
+            raise self.trouble(None, None)
         try:
-            whole = store.look_at(key, file)
-        except OSError as error:
-            log.debug("%s is not taken by %s: %s", key.key, self.name, error)
-            return None
-        return None if whole is None else partial(self._take, store, whole)
-
-    def _take(self, store: Store, whole: Whole) -> bool:
-        try:
-            return store.take(whole)
-        except TierFull as error:
-            log.debug("%s is not taken by %s: %s", whole.key.key, self.name, error)
+            store.disown(files)
         except (OSError, sqlite3.Error) as error:
-            self.trouble(store, error)
-        return False
+            raise self.trouble(store, error) from error
 
     def present(self, key: CacheKey) -> int:
         return sum(span.length for span in self.ranges(key))
@@ -490,6 +498,37 @@ class LentFile:
             self._store.release(self._entry)
         except (OSError, sqlite3.Error) as error:
             self._tier.trouble(self._store, error)
+
+
+class TakenFile:
+    """Room for a whole file, and then that file."""
+
+    __slots__ = ("_key", "_open", "_store", "_tier")
+
+    def __init__(self, tier: DirectoryTier, store: Store, key: CacheKey) -> None:
+        self._tier, self._store, self._key = tier, store, key
+        self._open = True  # the room is neither used nor given back
+
+    def __repr__(self) -> str:
+        return f"<TakenFile {self._tier.name} {self._key.key!r}{' admitted' * self._open}>"
+
+    def take(self, descriptor: int, blocks: Sequence[Block]) -> bool:
+        try:
+            self._open = not self._store.take(self._key, descriptor, blocks)
+        except (OSError, sqlite3.Error) as error:
+            self._tier.trouble(self._store, error)
+        return not self._open
+
+    def withdraw(self) -> None:
+        try:
+            self._store.withdraw(bytes.fromhex(self._key.digest))
+        except (OSError, sqlite3.Error) as error:
+            raise self._tier.trouble(self._store, error) from error
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._store.refuse(self._key)
 
 
 def _passes(error: OSError | sqlite3.Error) -> bool:

@@ -95,11 +95,14 @@ class Disk:
 
     def alone(self, fd: int) -> bool:
         """Whether nobody else has the file open or mapped: no descriptor but this one, in no process, and
-        no passthrough open of the kernel, not even one whose server is dead.
+        no passthrough open of the kernel, not even one whose server is dead. And whether it has no other
+        name: what was taken from another directory may still be called something there.
 
         Raises OSError where the file system cannot tell. Asks for a write lease, which is granted only
         then, and gives it back at once; an open that comes in between waits for that instant.
         """
+        if os.fstat(fd).st_nlink > 1:
+            return False
         # Such an open is announced to us by a signal. SIGIO, which would be it, ends a process that
         # does not handle it; SIGURG is ignored by whoever has not asked for it.
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
@@ -112,12 +115,17 @@ class Disk:
                 fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         return True
 
-    def rename(self, name: str, new: str, *, at: int) -> None:
-        os.rename(name, new, src_dir_fd=at, dst_dir_fd=at)
+    def together(self, fd: int, *, at: int) -> bool:
+        """Whether a file can have a name in `at`, too: it lies on the same file system, in the same mount of
+        it (between two of them the kernel links nothing)."""
+        return os.fstat(fd).st_dev == os.fstat(at).st_dev and _mount(fd) == _mount(at)
 
     def link(self, fd: int, name: str, *, at: int) -> None:
-        """Give the file that is open as `fd` one name more. FileNotFoundError where it has none any more."""
+        """Give an open file one more name, `name` in `at`. FileNotFoundError where it has none any more."""
         os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=at, follow_symlinks=True)
+
+    def rename(self, name: str, new: str, *, at: int) -> None:
+        os.rename(name, new, src_dir_fd=at, dst_dir_fd=at)
 
     def unlink(self, name: str, *, at: int) -> None:
         os.unlink(name, dir_fd=at)
@@ -126,3 +134,12 @@ class Disk:
         """What is left on the file system of `fd`."""
         st = os.fstatvfs(fd)
         return Space(st.f_blocks * st.f_frsize, st.f_bavail * st.f_frsize, st.f_files, st.f_favail)
+
+
+def _mount(fd: int) -> bytes:
+    """Which mount a descriptor was opened in."""
+    info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(info, 1024).partition(b"mnt_id:")[2].partition(b"\n")[0]
+    finally:
+        os.close(info)

@@ -9,10 +9,10 @@ import os
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from datacache.cache.disk import Handle
-from datacache.cache.tier import CachedFile, EntryStats, Lent, Opened, Standing, TierStats
+from datacache.cache.tier import Block, CachedFile, EntryStats, Lent, Standing, Taking, TierStats
 from datacache.errors import Damaged, TierBroken, TierFull
 from datacache.model import Buffer, ByteRange, CacheKey, Coverage
 
@@ -123,6 +123,14 @@ class MemoryTier:
             copy.last_open = self._wall()
             return copy.read(ByteRange(0, key.size))
 
+    def admit(self, key: CacheKey, descriptor: int) -> Taking | None:
+        return None  # no file lies here
+
+    def surrender(self, key: CacheKey, at: int, name: str) -> Sequence[Block] | None:
+        return None
+
+    def disown(self, files: Collection[tuple[int, int]]) -> None: ...
+
     def present(self, key: CacheKey) -> int:
         return sum(span.length for span in self.ranges(key))
 
@@ -131,9 +139,6 @@ class MemoryTier:
         with self._lock:
             copy = self._copies.get(key)
             return copy.covered.ranges() if copy is not None and not self.broken else []
-
-    def take(self, key: CacheKey, file: Opened) -> Callable[[], bool] | None:
-        return None
 
     def evict(self, key: CacheKey) -> int:
         with self._lock:

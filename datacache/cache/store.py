@@ -15,6 +15,11 @@ none is given up, or its space counted as free, before the kernel says that nobo
 (`Disk.alone`). A file that leaves the tier while somebody has moves to `gone/` until then, where the
 next store finds it, too.
 
+A whole file need not be copied to be in the cache: `take` gives one that lies on the same file system a
+second name here, as its first is about to go. And `surrender` gives a file away, to be written to. No row
+may ever vouch for bytes that somebody can write: a row comes when nobody can any more, and has gone for
+good, power cut or not, before somebody can again. Until its other name is gone a file is in use elsewhere.
+
 A read takes no lock while it reads. It asks whether the bytes are there, reads them, and asks
 whether anything was removed from the entry meanwhile (`Entry.removals`); if so, it starts again.
 """
@@ -29,19 +34,18 @@ import sqlite3
 import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
 from uuid import uuid4
 
 from datacache.cache import catalogue as db
-from datacache.cache.catalogue import Block, Catalogue, Held, Row, checksum
+from datacache.cache.catalogue import Catalogue, Held, Row, checksum
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, take_lock
 from datacache.cache.policy import Shortage, Stance, excess, pages, rank, shortage, victims
-from datacache.cache.tier import Opened, Standing
+from datacache.cache.tier import Block, Standing
 from datacache.clock import Clock
 from datacache.config.settings import Policy
 from datacache.errors import Damaged, TierFull
@@ -69,6 +73,8 @@ _LINGERING = 1000
 """Files in `gone/` that one round of upkeep asks about; 15 us each."""
 _NO_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
 """What file systems (NFS, CephFS) say that cannot tell who reads a file."""
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOENT)
+"""What is said of a file that cannot have another name, or has none any more."""
 _GONE = "gone"
 _STRIPES = 64
 _FILE = re.compile(r"^([0-9a-f]{32})-([0-9a-f]{1,16})$")
@@ -149,14 +155,6 @@ class Entry:
         return found
 
 
-class Whole(NamedTuple):
-    """A file that can become an entry as it is."""
-
-    key: CacheKey
-    file: Opened
-    blocks: list[Block]
-
-
 class Store:
     """The copies in one directory. Thread-safe.
 
@@ -218,7 +216,6 @@ class Store:
         self._used += sum(self._lingering.values())
         self._read_elsewhere: set[bytes] = set()
         self._leases = True
-        self._links = True  # whether files may be had from elsewhere on the file system
         self._opened: dict[int, float] = {}
         self._verified: list[tuple[int, int]] = []
         self._unsynced: set[int] = set()
@@ -861,103 +858,171 @@ class Store:
                 entry.handle = None
                 self._disk.unlink(db.file_name(entry.digest, entry.id), at=self._at.fd)
 
-    # ---- taking over ----------------------------------------------------------------------------
+    # ---- whole files, from elsewhere and to elsewhere --------------------------------------------
 
-    def look_at(self, key: CacheKey, file: Opened) -> "Whole | None":
-        """What `file` is in blocks, if it may be had by another name. Raises OSError."""
-        found = os.fstat(file.fd)
-        if not self._links or not key.size or not found.st_nlink or found.st_size != key.size:
-            return None
-        if found.st_dev != os.fstat(self._at.fd).st_dev:
-            return None
-        size, blocks = self.rules.block_size, []
-        for at in range(0, key.size, size):
-            piece = ByteRange(at, min(at + size, key.size))
-            data = self._disk.read(file.fd, piece.length, at)
-            if len(data) != piece.length:
-                return None
-            blocks.append(Block(at, piece.stop, checksum(data)))
-        return Whole(key, file, blocks)
+    def admit(self, key: CacheKey, descriptor: int) -> bool:
+        """Make room for a whole file that is to be taken: `take` it, or give back the room (`refuse`). False
+        where it lies on another file system, has no name any more, or something of `key` is here. Raises
+        TierFull."""
+        found = os.fstat(descriptor)
+        if not found.st_nlink or found.st_size != key.size or not key.size:
+            return False
+        if not self._disk.together(descriptor, at=self._at.fd) or self._knows(bytes.fromhex(key.digest)):
+            return False
+        self._reserve(pages(0, key.size), inodes=0, there=True)
+        return True
 
-    def take(self, whole: "Whole") -> bool:
-        """Have a file that nobody can write to any more as an entry, unless there is one; whether there is
-        then. Raises TierFull, OSError, sqlite3.Error."""
-        digest, used = bytes.fromhex(whole.key.digest), sum(pages(b.start, b.stop) for b in whole.blocks)
-        self._reserve(used, inodes=0)
-        kept = False
-        try:
-            with self._stripe(digest):
-                with self._lock:
-                    there = digest in self._entries
-                if there or self.catalogue.held(digest) is not None:
-                    return True
-                kept = self._link(whole, digest, used)
-        finally:
-            with self._lock:
-                self._writing -= used
-                if not kept:
-                    self._used -= used
-        return kept
-
-    def _link(self, whole: "Whole", digest: bytes, used: int) -> bool:
-        """Record the file under a name of ours; whether it may have one."""
+    def refuse(self, key: CacheKey) -> None:
+        """Give back the room of what was admitted, and not taken."""
         with self._lock:
-            number = self._next_id
-            self._next_id += 1
-        name = db.file_name(digest, number)
+            self._used -= pages(0, key.size)
+
+    def take(self, key: CacheKey, descriptor: int, blocks: Sequence[Block]) -> bool:
+        """Make a file that was admitted, and that nobody can write to, the cached file of `key`; False where
+        something of `key` is here by now, or it cannot have another name."""
+        digest, used = bytes.fromhex(key.digest), pages(0, key.size)
+        with self._stripe(digest):
+            if self._knows(digest):
+                return False
+            with self._lock:
+                entry, self._next_id = self._next_id, self._next_id + 1
+            row = Row(entry, digest, key, self._clock.wall(), False, False, used, key.size)
+            try:
+                self._link(descriptor, row.name)
+            except OSError as error:
+                if error.errno not in _NO_LINK:
+                    raise
+                log.debug("%r is not taken: %s", key.key, error)
+                return False
+            try:
+                self.catalogue.add(row, self._dataset, blocks)
+            except BaseException:
+                self._disk.unlink(row.name, at=self._at.fd)
+                raise
+            with self._lock:
+                self._count += 1
+                self._unsynced.add(entry)
+        return True
+
+    def _knows(self, digest: bytes) -> bool:
+        with self._lock:
+            if digest in self._entries:
+                return True
+        return self.catalogue.find(digest) is not None
+
+    def _link(self, descriptor: int, name: str) -> None:
         with suppress(FileExistsError):
             os.mkdir(os.path.dirname(name), 0o700, dir_fd=self._at.fd)
+        self._disk.link(descriptor, name, at=self._at.fd)
+
+    def withdraw(self, digest: bytes) -> None:
+        """Drop an entry whose file is to be written under another name."""
+        with self._stripe(digest):
+            row = self.catalogue.find(digest)
+            if row is None:
+                return
+            try:
+                self.catalogue.remove(row.id, durable=True)
+            except BaseException:
+                self._disk.unlink(
+                    row.name, at=self._at.fd
+                )  # a row without a file vouches for nothing, either
+                raise
+            self._take_out(row, read=False)
+
+    def surrender(self, digest: bytes, at: int, name: str) -> list[Block] | None:
+        """Give a whole file away, as `name` in the directory `at`; what is in it. None where it is not whole
+        or not beyond doubt, is pinned or in use, or cannot be there."""
+        with self._stripe(digest):
+            with self._lock:
+                if digest in self._entries:
+                    return None
+            row = self.catalogue.find(digest)
+            if row is None or row.pinned or row.present != row.key.size:
+                return None
+            blocks = self.catalogue.blocks(row.id)
+            if any(0 < b.epoch < self.catalogue.boot_epoch for b in blocks):
+                return None
+            try:
+                handle = self._disk.open(row.name, os.O_RDONLY, at=self._at.fd)
+            except FileNotFoundError:
+                return None
+            # Nobody opens it after this: who does is of this process, and looks at the row under the stripe.
+            if os.fstat(handle.fd).st_size != row.key.size or not self._unread(handle, unknown=False):
+                return None
+            try:
+                self._disk.link(handle.fd, name, at=at)
+            except OSError as error:
+                log.debug("%s is not given away: %s", row.name, error)
+                return None
+            self.catalogue.remove(row.id, durable=True)
+            self._disk.unlink(row.name, at=self._at.fd)
+            with self._lock:
+                self._count -= 1
+                self._used -= row.used
+                self._full = ""
+                self._opened.pop(row.id, None)
+                self._unsynced.discard(row.id)
+            return blocks
+
+    def disown(self, files: Collection[tuple[int, int]]) -> None:
+        """Drop whatever is a name of one of `files`: they are to be written to."""
+        device = os.fstat(self._at.fd).st_dev
+        inodes = {inode for where, inode in files if where == device}
+        for folder in (*(f"objects/{low:02x}" for low in range(256)), _GONE) if inodes else ():
+            for name in self._names_of(folder, inodes):
+                match = _FILE.match(os.path.basename(name))
+                row = self.catalogue.get(int(match[2], 16)) if match else None
+                if row is not None and row.name == name:
+                    self.withdraw(row.digest)
+                    continue
+                with suppress(FileNotFoundError):
+                    self._disk.unlink(name, at=self._at.fd)
+                with self._lock:
+                    self._used -= self._lingering.pop(name, 0)
+
+    def _names_of(self, folder: str, inodes: Collection[int]) -> list[str]:
         try:
-            self._disk.link(whole.file.fd, name, at=self._at.fd)
-        except OSError as error:
-            # The same file system by two mounts, or one without links. ENOENT: its last name is gone.
-            self._links = error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP)
-            return False
-        try:
-            row = Row(
-                number, digest, whole.key, self._clock.wall(), pinned=False, superseded=False, used=used,
-                present=whole.key.size,
-            )  # fmt: skip
-            self.catalogue.add(row, self._dataset, whole.blocks)
-        except BaseException:
-            with suppress(OSError):  # else the next survey finds it
-                self._disk.unlink(name, at=self._at.fd)
-            raise
-        with self._lock:
-            self._count += 1
-            self._unsynced.add(number)
-        return True
+            handle = Handle(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._at.fd))
+        except FileNotFoundError:
+            return []
+        with os.scandir(handle.fd) as found:
+            return [f"{folder}/{one.name}" for one in found if one.inode() in inodes]
 
     # ---- space ----------------------------------------------------------------------------------
 
-    def _reserve(self, wanted: int, *, inodes: int) -> None:
-        """Count `wanted` bytes as used, evicting if need be. Raises TierFull."""
+    def _reserve(self, wanted: int, *, inodes: int, there: bool = False) -> None:
+        """Count `wanted` bytes as used, evicting if need be; `there`: the file system has them already, so
+        they take nothing of what it has left. Raises TierFull."""
+        new = 0 if there else wanted
         while True:
             with self._lock:
-                short = self._shortage(wanted, inodes)
+                short = self._shortage(wanted, inodes, new)
                 if not short.over_by:
                     self._used += wanted
-                    self._taken += wanted
+                    self._taken += new
                     self._taken_inodes += inodes
-                    self._writing += wanted
+                    self._writing += new
                     self._making += inodes
                     self._full = ""
                     return
                 barren = self._clock.monotonic() < self._barren_until
-            if barren or not self._make_room(wanted, inodes):
+            if barren or not self._make_room(wanted, inodes, new):
                 with self._lock:
                     self._full = short.reason
                 raise TierFull(f"cache tier {self.rules.name} is full: {short.reason}")
 
-    def _shortage(self, wanted: int, inodes: int) -> Shortage:
-        """Under `_lock`. The file system is asked (0.7 us) once a second, when we have taken an eighth of
-        what it had left for us, and before we say no: our catalogue and directories take space, too."""
+    def _shortage(self, wanted: int, inodes: int, new: int) -> Shortage:
+        """What is missing to admit `wanted` bytes, `new` of which the file system does not have yet; under
+        `_lock`. The file system is asked (0.7 us) once a second, when we have taken an eighth of what it had
+        left for us, and before we say no: our catalogue and directories take space, too."""
         for fresh in (False, True):
             if fresh or self._outdated():
                 self._space, self._measured = self._disk.space(self._at.fd), self._clock.monotonic()
                 self._taken, self._taken_inodes = self._writing, self._making
             space = self._space._replace(
-                free=self._space.free - self._taken, inodes_free=self._space.inodes_free - self._taken_inodes
+                free=self._space.free - self._taken + wanted - new,
+                inodes_free=self._space.inodes_free - self._taken_inodes,
             )
             rules = self.rules
             short = shortage(
@@ -976,10 +1041,10 @@ class Store:
             or self._taken_inodes > (space.inodes_free - space.inodes * reserve) / 8 > 0
         )
 
-    def _make_room(self, wanted: int, inodes: int) -> bool:
+    def _make_room(self, wanted: int, inodes: int, new: int) -> bool:
         with self._evicting:
             with self._lock:
-                short = self._shortage(wanted, inodes)
+                short = self._shortage(wanted, inodes, new)
             if not short.over_by:  # somebody else has made room
                 return True
             freed = self._evict(short.over_by, self.rules.policy)
@@ -1260,9 +1325,11 @@ class Store:
             if size > row.key.size:
                 found.overlong += 1
                 found.problems.append(f"{row.name} has {size} bytes, its object has {row.key.size}")
-                if repair:
+                if repair and os.fstat(handle.fd).st_nlink == 1:
                     os.ftruncate(handle.fd, row.key.size)
-                    found.repaired += 1
+                elif repair:  # it is somebody else's, too
+                    self.evict(entry.digest)
+                found.repaired += repair
         finally:
             self.release(entry)
         return found

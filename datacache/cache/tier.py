@@ -7,9 +7,9 @@ into leaves no trace. Nothing here ever makes a read fail for good: every error 
 `CacheError`, on which the reader goes to the store.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from datacache.model import Buffer, ByteRange, CacheKey
 
@@ -59,6 +59,21 @@ class Standing:
     """Wall time."""
     pinned: bool
     superseded: bool
+
+
+class Block(NamedTuple):
+    """A filled and checksummed piece."""
+
+    start: int
+    stop: int
+    checksum: int
+    """As `catalogue.checksum` makes it."""
+    epoch: int = 0
+    """See `catalogue`."""
+
+    @property
+    def span(self) -> ByteRange:
+        return ByteRange(self.start, self.stop)
 
 
 class CachedFile(Protocol):
@@ -115,11 +130,19 @@ class Lent(Protocol):
         """Let go. Idempotent; never raises."""
 
 
-class Opened(Protocol):
-    """A file that stays open as long as anybody refers to this."""
+class Taking(Protocol):
+    """Room in a tier for a whole file that lies on its file system already, and need not be copied."""
 
-    @property
-    def fd(self) -> int: ...
+    def take(self, descriptor: int, blocks: Sequence[Block]) -> bool:
+        """Give the file that `descriptor` has open a name in the tier: from now on it is the cached file of
+        its key, and nobody may write to it, by whatever name. False, where that cannot be. Never raises."""
+
+    def withdraw(self) -> None:
+        """Take the name, and all that the tier says of it, away again, durably: the file may be written. For
+        what `take` has just taken. Raises TierBroken: that could not be made certain."""
+
+    def close(self) -> None:
+        """Give the room back where it was not taken. Idempotent."""
 
 
 class Tier(Protocol):
@@ -139,16 +162,23 @@ class Tier(Protocol):
         would give them, at a third of the price: for small files that are read in one go. None: open it,
         whatever the reason. Never raises."""
 
+    def admit(self, key: CacheKey, descriptor: int) -> Taking | None:
+        """Make room for the file that `descriptor` has open, which has all bytes of `key`; `close` what is
+        returned. None: it lies elsewhere, there is no room, or bytes of `key` are here. Never raises."""
+
+    def surrender(self, key: CacheKey, at: int, name: str) -> Sequence[Block] | None:
+        """Give the cached file of `key` away: it is called `name` in the directory `at` then, nobody has it
+        open, and whoever has that name may write to it. What was in it is returned. None, and nothing has
+        happened, where there is no whole file beyond doubt, somebody has it open, it is pinned, or it lies on
+        another file system. Never raises; where that is what it cannot do, the copy may be lost."""
+
+    def disown(self, files: Collection[tuple[int, int]]) -> None:
+        """Files, by device and inode number, that have another name elsewhere may be written to: drop the
+        entries whose cached files they are, durably. Looks at all that there is (a million files: some
+        seconds). Raises TierBroken."""
+
     def present(self, key: CacheKey) -> int:
         """Bytes present of `key`, without opening it."""
-
-    def take(self, key: CacheKey, file: Opened) -> Callable[[], bool] | None:
-        """How `file`, which is `key` byte for byte, becomes the entry by another name, without a copy; None:
-        fill the entry with its bytes.
-
-        The bytes are looked at now. The call that is returned may be made when nobody can write to the file
-        any more, ever; it tells whether there is an entry then. Neither raises.
-        """
 
     def evict(self, key: CacheKey) -> int:
         """Drop the entry; the bytes that it held. Open files of it stay readable. Pinned or not."""

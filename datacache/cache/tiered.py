@@ -11,7 +11,7 @@ that is full or broken is passed over; only when none took the data does a fill 
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
@@ -19,7 +19,7 @@ from typing import Protocol
 from datacache.cache import limits
 from datacache.cache.directory import DirectoryTier, Owner, Rules
 from datacache.cache.policy import pages
-from datacache.cache.tier import CachedFile, EntryStats, Lent, Opened, Standing, Tier, TierStats
+from datacache.cache.tier import Block, CachedFile, EntryStats, Lent, Standing, Taking, Tier, TierStats
 from datacache.cache.verify import Progress, VerifyReport, verify_tier
 from datacache.clock import Clock
 from datacache.config.settings import CacheSettings, Placement, Policy, TierSettings
@@ -97,16 +97,33 @@ class TieredCache:
                 return data
         return None
 
+    def admit(self, key: CacheKey, descriptor: int) -> Taking | None:
+        for tier in self.tiers:
+            taking = tier.admit(key, descriptor)
+            if taking is not None:
+                return taking
+        return None
+
+    def surrender(self, key: CacheKey, at: int, name: str) -> Sequence[Block] | None:
+        for tier in self.tiers:
+            blocks = tier.surrender(key, at, name)
+            if blocks is not None:
+                return blocks
+        return None
+
+    def disown(self, files: Collection[tuple[int, int]]) -> None:
+        failed: CacheError | None = None
+        for tier in self.tiers:
+            try:
+                tier.disown(files)
+            except CacheError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
     def present(self, key: CacheKey) -> int:
         spans = [span for tier in self.tiers for span in tier.ranges(key)]
         return Coverage(spans).length if len(spans) > 1 else sum(span.length for span in spans)
-
-    def take(self, key: CacheKey, file: Opened) -> Callable[[], bool] | None:
-        for tier in self.tiers:
-            taken = tier.take(key, file)
-            if taken is not None:
-                return taken
-        return None
 
     def evict(self, key: CacheKey) -> int:
         held = self.present(key)

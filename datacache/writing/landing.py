@@ -5,6 +5,10 @@ One plain file per content, byte for byte, under a number that is never used twi
 a file is the kernel's business: it may have it open by itself (passthrough) and mapped, long after we
 closed it. So `quiet` asks the kernel: a read lease is granted only when nobody can write.
 
+A file can become a cached file without a copy, and a cached file one of ours: then it has a second name,
+in the other directory, for as long as that takes (`cache.store`). Nobody may write to such a file. After a
+crash some may still have two names: `shared` tells which, and `make_own` is what ends that.
+
 A zone has one owner at a time (the lock file), as a cache directory has.
 """
 
@@ -13,14 +17,16 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
+from datacache.cache.catalogue import checksum
 from datacache.cache.owner import Owner, OwnerLock, take_lock
+from datacache.cache.tier import Block
 from datacache.errors import LandingBroken, LandingError, LandingFull, Stopped
 from datacache.model import Buffer, MiB, format_size
 from datacache.writing.steps import step
@@ -28,13 +34,17 @@ from datacache.writing.steps import step
 MANAGED = "datacache-landing"
 """The sub-directory of the chosen directory that is ours."""
 _FILES = "files"
-_PIECE = 8 * MiB  # copied at once
 _NAME = re.compile(r"^[0-9]{1,19}$")
+_PIECE = 8 * MiB
+"""Bytes copied at once; Python holds one piece."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,11 +92,15 @@ class Quiet:
     Thread-safe. Whoever wants to write calls `stop` first; from then on nothing can be read.
     """
 
-    def __init__(self, descriptor: int, *, leased: bool) -> None:
-        self._descriptor, self.leased = descriptor, leased
+    def __init__(self, descriptor: int, *, leased: bool, block: int) -> None:
+        """`block`: bytes of the pieces that `blocks` tells the checksums of."""
+        self._descriptor, self.leased, self._block = descriptor, leased, block
         found = os.fstat(descriptor)
         self.size, self.mtime_ns = found.st_size, found.st_mtime_ns
         self._lock = threading.Lock()  # held while bytes are read: after `stop` none are any more
+        self._blocks: dict[
+            int, Block
+        ] = {}  # of what was read, by offset; whoever reads it again finds the same
         self.stopped = False
 
     def read(self, offset: int, length: int) -> Buffer:
@@ -95,19 +109,34 @@ class Quiet:
             if self._descriptor < 0:
                 raise Stopped("somebody writes to the file again")
             try:
-                return os.pread(self._descriptor, length, offset)
+                data = os.pread(self._descriptor, length, offset)
             except OSError as error:
                 raise LandingBroken(f"a landing file cannot be read: {error.strerror}") from error
+        self._note(offset, memoryview(data))
+        return data
 
-    def duplicate(self) -> int:
-        """Another descriptor of the file, for the caller to close. Raises Stopped, LandingBroken."""
+    def _note(self, offset: int, data: memoryview) -> None:
+        """Remember the checksums of the blocks that `data` has all of: an upload reads everything anyway."""
+        end = offset + len(data)
+        for start in range(-(-offset // self._block) * self._block, end, self._block):
+            stop = min(start + self._block, self.size)
+            if stop <= end and start not in self._blocks:
+                self._blocks[start] = Block(start, stop, checksum(data[start - offset : stop - offset]))
+
+    def blocks(self) -> list[Block]:
+        """The checksums of all bytes, in order. What nobody has read so far is read. Raises as `read`."""
+        for start in range(0, self.size, self._block):
+            if start not in self._blocks:
+                self.read(start, min(self._block, self.size - start))
+        return [self._blocks[start] for start in range(0, self.size, self._block)]
+
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """The descriptor. Until the block is left nobody can write, for `stop` waits. Raises Stopped."""
         with self._lock:
             if self._descriptor < 0:
                 raise Stopped("somebody writes to the file again")
-            try:
-                return os.dup(self._descriptor)
-            except OSError as error:
-                raise LandingBroken(f"a landing file cannot be opened: {error.strerror}") from error
+            yield self._descriptor
 
     def stop(self) -> None:
         """Let others write; what is read after this is Stopped. Idempotent."""
@@ -127,11 +156,11 @@ class Quiet:
 class Landing:
     """One landing zone. Thread-safe."""
 
-    def __init__(self, directory: str, owner: Owner, *, reserve: float = 0.05) -> None:
-        """Own `directory`, making it where needed. `reserve`: fraction of its file system left free.
-        Raises Locked, LandingBroken."""
+    def __init__(self, directory: str, owner: Owner, *, reserve: float = 0.05, block: int = 4 * MiB) -> None:
+        """Own `directory`, making it where needed. `reserve`: fraction of its file system left free. `block`:
+        bytes of a block of the cache. Raises Locked, LandingBroken."""
         self.directory = os.path.join(directory, MANAGED)
-        self._reserve = reserve
+        self._reserve, self._block = reserve, block
         try:
             os.makedirs(os.path.join(self.directory, _FILES), mode=0o700, exist_ok=True)
             at = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -178,8 +207,7 @@ class Landing:
     def create(self) -> int:
         """A new, empty file. Raises LandingFull, LandingBroken."""
         self.check_room()
-        with self._lock:
-            number, self._next = self._next, self._next + 1
+        number = self._new()
         step("landing.before.create")
         try:
             os.close(
@@ -189,10 +217,59 @@ class Landing:
             )
         except OSError as error:
             raise _broken(self.directory, error) from error
-        with self._lock:
-            self._unsynced = True
+        self._named()
         step("landing.after.create")
         return number
+
+    def _new(self) -> int:
+        with self._lock:
+            number, self._next = self._next, self._next + 1
+            return number
+
+    def _named(self) -> None:
+        """A file has got its name."""
+        with self._lock:
+            self._unsynced = True
+
+    def receive(self, give: Callable[[int, str], T | None]) -> tuple[int, T] | None:
+        """A new file that is there already: `give` gives it the name that it is told in the directory that it
+        is told. The file, and what `give` returned; None where that was None."""
+        number = self._new()
+        step("landing.before.receive")
+        given = give(self._at, str(number))
+        self._named()
+        step("landing.after.receive")
+        if given is None:
+            self.discard(number)
+            return None
+        return number, given
+
+    def shared(self, numbers: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """Those of some files that have another name elsewhere, with their device and inode number."""
+        found = {number: self.stat(number) for number in numbers}
+        return {number: (st.st_dev, st.st_ino) for number, st in found.items() if st.st_nlink > 1}
+
+    def make_own(self, number: int) -> None:
+        """Make a file another one than what has its other names, by a copy. Nobody may have it open. Raises
+        LandingFull, LandingBroken."""
+        new = self.create()
+        try:
+            source, target = self.open(number, writing=False), self.open(new, writing=True)
+            try:
+                found = os.fstat(source.descriptor)
+                copy(source.descriptor, target.descriptor, found.st_size)
+                os.utime(target.descriptor, ns=(found.st_atime_ns, found.st_mtime_ns))
+                os.fsync(target.descriptor)  # before it takes the place of what was acknowledged
+            finally:
+                source.close()
+                target.close()
+            step("landing.before.own")
+            os.rename(str(new), str(number), src_dir_fd=self._at, dst_dir_fd=self._at)
+            self._named()
+            step("landing.after.own")
+        except OSError as error:
+            self.discard(new)
+            raise _broken(self.directory, error) from error
 
     def open(self, number: int, *, writing: bool) -> LandedFile:
         """Open a file. Raises LandingBroken, also when it is not there."""
@@ -263,41 +340,16 @@ class Landing:
             # An open that breaks the lease is announced by a signal: one that is ignored by default.
             fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
             fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-            return Quiet(descriptor, leased=True)
+            return Quiet(descriptor, leased=True, block=self._block)
         except BlockingIOError:
             os.close(descriptor)
             return None
         except OSError as error:
             if error.errno in _NO_LEASES:
                 self.leases = False
-                return Quiet(descriptor, leased=False)
+                return Quiet(descriptor, leased=False, block=self._block)
             os.close(descriptor)
             raise _broken(self.directory, error) from error
-
-    def make_own(self, number: int) -> None:
-        """See to it that a file has no name elsewhere. Only for a file that nobody has open: a power cut may
-        bring back a node whose upload was noted, when the cache had its file already. Raises LandingFull,
-        LandingBroken."""
-        if self.stat(number).st_nlink == 1:
-            return
-        copy = self.create()
-        ours, theirs = self.open(copy, writing=True), self.open(number, writing=False)
-        try:
-            before = os.fstat(theirs.descriptor)
-            with (
-                os.fdopen(os.dup(theirs.descriptor), "rb") as source,
-                os.fdopen(os.dup(ours.descriptor), "wb") as target,
-            ):
-                shutil.copyfileobj(source, target, _PIECE)
-            os.utime(ours.descriptor, ns=(before.st_atime_ns, before.st_mtime_ns))
-            os.fsync(ours.descriptor)
-            os.rename(str(copy), str(number), src_dir_fd=self._at, dst_dir_fd=self._at)
-            os.fsync(self._at)
-        except OSError as error:
-            raise _broken(self.directory, error) from error
-        finally:
-            ours.close()
-            theirs.close()
 
     def discard(self, number: int) -> None:
         """Remove a file; who has it open keeps it. Idempotent."""
@@ -330,6 +382,31 @@ def allocate(descriptor: int, mode: int, offset: int, length: int) -> None:
     if _libc.fallocate(descriptor, mode, offset, length):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def copy(source: int, target: int, size: int) -> None:
+    """Copy the first `size` bytes of a file into an empty one; on some file systems by reference. Raises
+    OSError, LandingBroken: there are fewer."""
+    at = 0
+    with suppress(OSError):  # across file systems, or where it is not offered: by hand
+        while at < size:
+            done = os.copy_file_range(source, target, size - at, at, at)
+            if not done:
+                break
+            at += done
+    while at < size:
+        data = os.pread(source, min(_PIECE, size - at), at)
+        if not data:
+            raise LandingBroken("a file is shorter than what it should hold")
+        write_all(target, memoryview(data), at)
+        at += len(data)
+
+
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """pwrite(2), all of it. Raises OSError."""
+    while data:
+        done = os.pwrite(descriptor, data, offset)
+        data, offset = data[done:], offset + done
 
 
 def _broken(where: str, error: OSError) -> LandingError:

@@ -12,18 +12,21 @@ values, and in one batch what adds a name is done before what takes one away.
 """
 
 import logging
+import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from cachetools import LRUCache
 
+from datacache.cache.tier import Block
 from datacache.errors import IndexBroken, IndexFull
 from datacache.index import names
 from datacache.index.database import Changing
 from datacache.index.live import LiveIndex
-from datacache.model import Kind
+from datacache.model import Entry, Kind
 from datacache.writing.journal import Attributes, Change, Hidden, Journal, Node, Op, OpKind
 from datacache.writing.landing import Landing, Quiet
 from datacache.writing.rounds import Rounds
@@ -36,6 +39,22 @@ _ATTRIBUTES = 50_000  # clean paths of which it is remembered what they have bes
 
 Kept = tuple[str, Kind, Attributes]
 """What is kept of a clean path beside its bytes: of which version (`Version.token`), as what, and that."""
+
+
+class Unchanged(NamedTuple):
+    """A clean file that was landed to be written, as it was before anybody had."""
+
+    entry: Entry
+    look: tuple[int, int, int]
+    """`look_of` the landing file."""
+    blocks: Sequence[Block]
+    """What is in it, where it was the cached file; else nothing."""
+
+    @staticmethod
+    def look_of(found: os.stat_result) -> tuple[int, int, int]:
+        """What any write would change. Of the two times, that of the change may be the same for all that
+        happens within some milliseconds; that of the bytes is the object's until somebody writes."""
+        return found.st_size, found.st_ctime_ns, found.st_mtime_ns
 
 
 class Ledger:
@@ -76,8 +95,8 @@ class Ledger:
         self.unnoted: dict[int, int] = {}
         """How often a node was closed by writers without that the journal could take it (a full disk), until
         it does. Zero: nobody has it open any more, and that is to be noted."""
-        self.unchanged: dict[int, tuple[int, int]] = {}
-        """Size and ctime of what was landed to be written, by node."""
+        self.unchanged: dict[int, Unchanged] = {}
+        """What was landed to be written, as it was then, by node."""
         self.rowless: set[int] = set()
         """Directories made here that the catalogue knows nothing of below."""
 
@@ -144,13 +163,22 @@ class Ledger:
         self.landing.sync_names()
         self.journal.sync()
 
-    def clean_up(self) -> None:
-        """Remove landing files that nobody names: what was begun, and never acknowledged."""
+    def tidy(self) -> None:
+        """Remove landing files that nobody names any more. Raises LandingBroken."""
+        if self._dispensable:
+            self.sync()
+
+    def clean_up(self) -> set[int]:
+        """Remove landing files that nobody names: what was begun, and never acknowledged, and what an earlier
+        process was done with. Those that there are. Raises LandingBroken."""
         named = {node.landing for node in self.nodes.values()} | {op.landing for op in self.ops.values()}
         self.landing.reserve_numbers(iter(named))
-        for number in self.landing.files():
-            if number not in named:
-                self.landing.discard(number)
+        there = set(self.landing.files())
+        if there - named:
+            self.journal.sync()  # that earlier process may not have
+        for number in there - named:
+            self.landing.discard(number)
+        return there & named
 
     def kept(self, mount: int, key: str) -> Kept | None:
         """What is kept of a clean path beside its bytes."""

@@ -3,52 +3,31 @@ A writable data set put together: landing zone, journal, overlay, uploader.
 """
 
 import json
-import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-from datacache.cache.disk import Handle
+from datacache.cache import limits
+from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import Owner
-from datacache.cache.tier import Lent, Tier
 from datacache.cache.tiered import TieredCache
 from datacache.clock import Clock
 from datacache.config.settings import Settings
-from datacache.errors import CacheError, LandingBroken, Locked, SettingError
+from datacache.errors import LandingBroken, Locked, SettingError
 from datacache.index.live import LiveIndex
-from datacache.model import Buffer, CacheKey, Dataset, Entry, Kind, MiB, MountPoint
+from datacache.model import Dataset, Entry, MountPoint
 from datacache.sources.sink import Sink
 from datacache.writing.ballast import Ballast
+from datacache.writing.copies import Copies, Reader
 from datacache.writing.journal import Journal
 from datacache.writing.keeper import Keeper, Watermarks
-from datacache.writing.landing import MANAGED, Landing, Quiet
+from datacache.writing.landing import MANAGED, Landing
 from datacache.writing.overlay import Overlay
 from datacache.writing.settling import Settling
 from datacache.writing.uploader import Uploader
-
-_log = logging.getLogger(__name__)
-
-_PIECE = 8 * MiB
-"""Bytes copied at once between cache and landing zone; Python holds one piece."""
-
-
-class OpenObject(Protocol):
-    """One open object."""
-
-    def read(self, offset: int, length: int) -> Buffer: ...
-    def close(self) -> None: ...
-
-
-class Reader(Protocol):
-    """What is asked of the read path (`datacache.reading.reader.Reader`)."""
-
-    def open(self, entry: Entry) -> OpenObject: ...
-    def lend(self, entry: Entry) -> Lent | None: ...
-    def cache_key(self, entry: Entry) -> CacheKey: ...
 
 
 class Writing:
@@ -56,10 +35,11 @@ class Writing:
 
     def __init__(
         self, landing: Landing, journal: Journal, overlay: Overlay, settling: Settling, uploader: Uploader,
-        keeper: Keeper,
+        keeper: Keeper, *, beside: str,
     ) -> None:  # fmt: skip
+        """`beside`: the tier of the cache on the file system of the landing zone (`tier_beside`)."""
         self.landing, self.journal, self.overlay = landing, journal, overlay
-        self.settling, self.uploader, self.keeper = settling, uploader, keeper
+        self.settling, self.uploader, self.keeper, self._beside = settling, uploader, keeper, beside
 
     def __repr__(self) -> str:
         return f"<Writing {self.landing.directory}>"
@@ -99,6 +79,8 @@ class Writing:
             },
             "dirty_unnoted": len(self.overlay.ledger.unnoted),
             "short_of_room": self.keeper.hurrying,
+            "landing_tier": self._beside,
+            **asdict(self.overlay.copies.stats()),
             "parked": list(self.settling.parked().values())[:20],
             "uploads": self.uploader.status(),
         }
@@ -113,6 +95,24 @@ def make_way(directory: str) -> None:
     """Where the disk of a landing zone is full, give up what was kept for that: to open it, and the catalogue
     of names that mostly lies beside it, takes space."""
     Ballast(os.path.join(directory, MANAGED)).lighten()
+
+
+def tier_beside(settings: Settings) -> str:
+    """The tier whose files can become landing files without a copy, and the other way round: the first that
+    lies, or would be made, on the same file system in the same mount; empty: none does."""
+    disk = Disk()
+    with suppress(OSError):
+        landing = _at(landing_directory(settings))
+        for tier in settings.cache.tiers:
+            there = _at(tier.path)
+            if disk.together(there.fd, at=landing.fd):
+                return f"{tier.medium}:{tier.path}"
+    return ""
+
+
+def _at(path: str) -> Handle:
+    """The directory `path`, or where it would be made."""
+    return Handle(os.open(limits.existing(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
 
 
 @contextmanager
@@ -133,7 +133,9 @@ def open_writing(
     _check_place(directory, [sink.uri for sink in sinks])
     with ExitStack() as built:
         try:
-            landing = Landing(directory, owner, reserve=settings.writing.reserve)
+            landing = Landing(
+                directory, owner, reserve=settings.writing.reserve, block=settings.reading.block_size
+            )
         except Locked as taken:
             where = f", mounted at {taken.mount}" if taken.mount else ""
             expected = f"one that nobody uses; process {taken.pid} does{where}"
@@ -146,16 +148,15 @@ def open_writing(
         journal = Journal(landing.journal)
         built.callback(journal.close)
         _check_owed(journal, directory, settings.dataset, [sink.uri for sink in sinks])
-        copies = _Copies(reader, cache)
         overlay = Overlay(
-            index, journal, landing, clock=clock, bring=copies.bring,
+            index, journal, landing, clock=clock, copies=Copies(reader, cache),
             roots=[index.resolve(point.path).ino for point in settings.dataset.mounts],
-            accepts=lambda mount, key: sinks[mount].accepts(key),
+            any_bytes=all(sink.uri.startswith("file:") for sink in sinks),
             resumed=resumed, leases_tell=leases_tell,
         )  # fmt: skip
         built.callback(overlay.close)
         host = socket.gethostname().partition(".")[0]
-        settling = Settling(overlay, keep=copies.keep, conflict=settings.writing.conflict, host=host)
+        settling = Settling(overlay, conflict=settings.writing.conflict, host=host)
         uploader = Uploader(settling, sinks, settings.upload, clock=clock)
         built.callback(uploader.close)
         overlay.owing.attach(uploader)
@@ -163,7 +164,8 @@ def open_writing(
         keeper = Keeper(landing, journal, overlay, copies=cache, uploads=uploader, marks=marks)
         built.callback(keeper.close)
         keeper.start()
-        yield Writing(landing, journal, overlay, settling, uploader, keeper)
+        beside = tier_beside(settings)
+        yield Writing(landing, journal, overlay, settling, uploader, keeper, beside=beside)
 
 
 def _check_place(directory: str, uris: Sequence[str]) -> None:
@@ -205,77 +207,3 @@ def owed(directory: str) -> Dataset:
     if not known:
         raise SettingError("DIR", directory, "a landing zone that was used by a mount")
     return Dataset(known["name"], tuple(MountPoint(**point) for point in known["mounts"]))
-
-
-class _Copies:
-    """Bytes between the cache and the landing zone."""
-
-    def __init__(self, reader: Reader, cache: Tier) -> None:
-        self._reader, self._cache = reader, cache
-
-    def bring(self, entry: Entry, descriptor: int) -> None:
-        """The bytes of a clean file, from the cache or the store, into a landing file. Where a tier has all
-        of it the kernel copies, on some file systems by reference."""
-        lent = self._reader.lend(entry)
-        if lent is not None:
-            try:
-                _copy(lent.descriptor, descriptor, entry.size)
-            finally:
-                lent.close()
-            return
-        opened = self._reader.open(entry)
-        try:
-            for at in range(0, entry.size, _PIECE):
-                _write(descriptor, memoryview(opened.read(at, min(_PIECE, entry.size - at))), at)
-        finally:
-            opened.close()
-
-    def keep(self, entry: Entry, content: Quiet) -> Callable[[], None] | None:
-        """What the store has now, in the cache, as far as there is room: the landing file itself, when it is
-        nobody's any more, where the two lie on one file system (to make a file and write it takes 50 times as
-        long as to give it another name); else a copy."""
-        assert entry.kind is Kind.FILE
-        key: CacheKey = self._reader.cache_key(entry)
-        if content.leased:
-            file = Handle(content.duplicate())
-            taken = self._cache.take(key, file)
-            if taken is not None:
-                return partial(self._take, key, file, taken)
-        self._copy_in(key, content.read)
-        return None
-
-    def _take(self, key: CacheKey, file: Handle, taken: Callable[[], bool]) -> None:
-        if not taken():
-            self._copy_in(key, lambda at, length: os.pread(file.fd, length, at))
-
-    def _copy_in(self, key: CacheKey, read: Callable[[int, int], Buffer]) -> None:
-        file = self._cache.open(key)
-        try:
-            for at in range(0, key.size, _PIECE):
-                file.fill(at, read(at, min(_PIECE, key.size - at)))
-        except (CacheError, OSError) as error:
-            _log.debug("%s is not kept in the cache: %s", key.key, error)
-        finally:
-            file.close()
-
-
-def _copy(source: int, target: int, size: int) -> None:
-    at = 0
-    with suppress(OSError):  # across file systems, or where it is not offered: by hand
-        while at < size:
-            done = os.copy_file_range(source, target, size - at, at, at)
-            if not done:
-                break
-            at += done
-    while at < size:
-        data = os.pread(source, min(_PIECE, size - at), at)
-        if not data:
-            raise LandingBroken("a cached file is shorter than its object")
-        _write(target, memoryview(data), at)
-        at += len(data)
-
-
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(descriptor, data, offset)
-        data, offset = data[done:], offset + done

@@ -18,9 +18,10 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
+from datacache.cache.tier import Block
 from datacache.clock import Clock
 from datacache.errors import (
     IsADirectory,
@@ -43,6 +44,7 @@ from datacache.index.live import LiveIndex
 from datacache.model import Entry, Kind, ObjectInfo, Version
 from datacache.writing import resuming
 from datacache.writing.closing import Closes
+from datacache.writing.copies import Copies
 from datacache.writing.journal import (
     ANYTHING,
     NOTHING,
@@ -54,7 +56,7 @@ from datacache.writing.journal import (
     OpKind,
 )
 from datacache.writing.landing import LandedFile, Landing, Room, allocate
-from datacache.writing.ledger import Batch, Ledger
+from datacache.writing.ledger import Batch, Ledger, Unchanged
 from datacache.writing.owing import Expected, Owing, next_id
 
 _log = logging.getLogger(__name__)
@@ -67,16 +69,12 @@ RESERVED = 1000
 """Numbers of paths that are taken from the catalogue at once: each time is a transaction of it."""
 RENAMED_MAX = 100_000
 """Files below a directory that is renamed at most; beyond, it is EXDEV, on which `mv` copies and deletes."""
+KEY_MAX = 1024
+"""Bytes of a key, as S3, GCS, Azure and OSS have it."""
 XATTRS_MAX = 64 * 1024
 """Bytes of the extended attributes of one path."""
 _PAGE = 1000
 _DEFAULT = Attributes()
-
-
-class Bring(Protocol):
-    """Writes the bytes of a clean file to a descriptor. Raises SourceError, OSError."""
-
-    def __call__(self, entry: Entry, descriptor: int) -> None: ...
 
 
 class Overlay:
@@ -89,21 +87,21 @@ class Overlay:
         landing: Landing,
         *,
         clock: Clock,
-        bring: Bring,
+        copies: Copies,
         roots: Sequence[int],
-        accepts: Callable[[int, str], bool],
+        any_bytes: bool = True,
         resumed: bool = False,
         leases_tell: bool = False,
     ) -> None:
-        """`accepts`: whether the store of a mount point can have such a key.
+        """`any_bytes`: the stores have keys that are no UTF-8, too.
 
         `roots`: the `ino` of each mount point, in order.
         `resumed`: an earlier daemon served this mount, so numbers in the journal are in use. `leases_tell`:
         all writers are the kernel's own (passthrough), so leases tell of those that an earlier daemon had."""
         self._index, self._landing, self._clock = index, landing, clock
-        self._bring, self._roots, self._accepts = bring, tuple(roots), accepts
+        self.copies, self._roots, self._any_bytes = copies, tuple(roots), any_bytes
         self.ledger = Ledger(journal, landing, index)
-        self.owing = Owing(self.ledger, clock, accepts=accepts)
+        self.owing = Owing(self.ledger, clock)
         self._lock = self.ledger.lock
         # Changed under the lock.
         self._numbers: Iterator[int] = iter(())  # reserved in the catalogue
@@ -117,7 +115,7 @@ class Overlay:
         else:
             resuming.begin_anew(self.ledger, index, clock, self._roots)
         self.ledger.tried.update(self.ledger.ops)  # an earlier process may have
-        self.ledger.clean_up()
+        copies.make_own(landing, self.ledger.clean_up())
 
     def __repr__(self) -> str:
         return f"<Overlay {len(self.ledger.nodes)} nodes, {len(self.ledger.ops)} operations>"
@@ -379,10 +377,7 @@ class Overlay:
                 if at == entry.ino:
                     raise NotHere("a directory cannot become a part of itself")
                 at = self.entry(at).parent
-            moved = list(self._moved(self._node_of(entry), new_parent, new_name, key))
-            for _, new in moved:
-                self._check_key(mount, new.key.removesuffix("/"))
-            self._rename(entry, target, moved)
+            self._rename(entry, target, new_parent, new_name, key)
             self._keep_directory(parent)
         self.owing.poke()
 
@@ -415,13 +410,13 @@ class Overlay:
         elif target.kind is Kind.DIRECTORY:
             raise IsADirectory(self.path(target.ino))
 
-    def _rename(self, entry: Entry, target: Entry | None, moved: Sequence[tuple[Node, Node]]) -> None:
+    def _rename(self, entry: Entry, target: Entry | None, parent: int, name: bytes, key: str) -> None:
         with self.ledger.changing("rename") as batch:
             there: Expected = NOTHING
             if target is not None:
                 there = self._take_away(batch, target, hide=False)
             left: list[Op] = []
-            for node, new in moved:
+            for node, new in self._moved(self._node_of(entry), parent, name, key):
                 left += self._move(batch, node, new, there)
                 there = NOTHING  # of all but the first, nothing was there
             # After all the PUTs, and a directory after what is in it.
@@ -429,11 +424,10 @@ class Overlay:
                 batch.add_op(op)
             if any(op.key == self._own_key(entry) for op in left):
                 batch.hide(Hidden(entry.parent, entry.name, entry.mount, self._own_key(entry)))
-        top = moved[0][1]
-        with self.ledger.catalogue((entry.parent, entry.name), (top.parent, top.name)) as changing:
+        with self.ledger.catalogue((entry.parent, entry.name), (parent, name)) as changing:
             if target is not None:
                 changing.bury(target.ino)
-            changing.place(entry.ino, top.parent, top.name, entry.mount, names.to_bytes(top.key))
+            changing.place(entry.ino, parent, name, entry.mount, names.to_bytes(key))
 
     def _moved(self, node: Node, parent: int, name: bytes, key: str) -> Iterator[tuple[Node, Node]]:
         """What a rename moves, as it was and as it will be, parents first."""
@@ -522,6 +516,8 @@ class Overlay:
         with self._lock:
             self._change_attributes(ino, lambda kept: kept._replace(**changes))
             node = self.ledger.nodes.get(ino)
+            if mtime_ns is not None:
+                self.ledger.unchanged.pop(ino, None)  # it may hide a write before it
             if mtime_ns is not None and node is not None and node.landing and node.kind is Kind.FILE:
                 self._landing.set_mtime(node.landing, mtime_ns)
 
@@ -581,11 +577,9 @@ class Overlay:
                     if truncate:
                         self.truncate(ino, 0)
                     return self.entry(ino)
-                number = self._create()
+                number, blocks = (self._create(), ()) if truncate else self._bring(entry)
                 try:
-                    if not truncate and entry.size:
-                        self.fill(number, entry)
-                    if self._landed(entry, number, truncate=truncate):
+                    if self._landed(entry, number, blocks, truncate=truncate):
                         return self.entry(ino)
                 except BaseException:
                     self._landing.discard(number)
@@ -600,10 +594,29 @@ class Overlay:
             self.ledger.sync()
             return self._landing.create()
 
+    def _bring(self, entry: Entry) -> tuple[int, Sequence[Block]]:
+        """A landing file with the bytes of `entry`, and what is known of them."""
+        given = None
+        # Of what is renamed, and not yet where it belongs, the cache may have the last copy: it stays.
+        if self.copies.worth_giving(entry) and entry.ino not in self.ledger.nodes:
+            self.ledger.tidy()  # or what came to the cache from here is called something here still
+            given = self.copies.give(entry, self._landing)
+        number, blocks = given or (self._create(), ())
+        try:
+            if given is not None:
+                self._landing.set_mtime(number, entry.mtime_ns)
+            elif entry.size:
+                self.fill(number, entry)
+        except BaseException:
+            self._landing.discard(number)
+            raise
+        return number, blocks
+
     def fill(self, number: int, entry: Entry) -> None:
+        """Copy the bytes of `entry` into a landing file. Raises LandingError, SourceError."""
         file = self._landing.open(number, writing=True)
         try:
-            self._bring(entry, file.descriptor)
+            self.copies.bring(entry, file.descriptor)
             os.utime(file.descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -621,7 +634,7 @@ class Overlay:
         finally:
             file.close()
 
-    def _landed(self, entry: Entry, number: int, *, truncate: bool) -> bool:
+    def _landed(self, entry: Entry, number: int, blocks: Sequence[Block], *, truncate: bool) -> bool:
         """Make landing file `number` the content of what was `entry`; whether it still was that."""
         with self._lock:
             ino = entry.ino
@@ -633,7 +646,7 @@ class Overlay:
                 if node is not None:  # it was renamed: its object stands under another key
                     self._land_renamed(node, number)
                 else:
-                    self._land_clean(now, number, truncate=truncate)
+                    self._land_clean(now, number, blocks, truncate=truncate)
                 return True
             return False
 
@@ -644,7 +657,7 @@ class Overlay:
             batch.update_op(op._replace(landing=number, origin=None, id=next_id(op.id)))
             batch.then(lambda: self.owing.edit(op))
 
-    def _land_clean(self, entry: Entry, number: int, *, truncate: bool) -> None:
+    def _land_clean(self, entry: Entry, number: int, blocks: Sequence[Block], *, truncate: bool) -> None:
         ino = entry.ino
         with self._index.changing() as changing:
             generation = changing.renew(ino)
@@ -657,8 +670,8 @@ class Overlay:
             batch.put_node(node)
             self.owing.owe_put(batch, node, entry.version, due=False)
         if not truncate:
-            st = self._landing.stat(number)
-            self.ledger.unchanged[ino] = (st.st_size, st.st_ctime_ns)
+            look = Unchanged.look_of(self._landing.stat(number))
+            self.ledger.unchanged[ino] = Unchanged(entry, look, blocks)
 
     def open(self, ino: int, *, writing: bool) -> LandedFile:
         """Open the landing file of a landed path, until `closed`. Raises VersionChanged where it has none
@@ -798,30 +811,43 @@ class Overlay:
             return
         op = self.ledger.ops.get(self.ledger.puts.get(ino, 0))
         last = node.writers == 1 and not node.orphan
-        if last and op is not None and not op.since and self._is_unchanged(node):
-            self._take_off(node, op)
-            return
+        if last and op is not None and not op.since:
+            before = self.ledger.unchanged.pop(ino, None)
+            if before is not None and self._is_unchanged(node, before):
+                self._take_off(node, op, before)
+                return
         with self.ledger.changing("close") as batch:
             batch.set_writers(node, node.writers - 1)
             if last and op is not None and not op.since:
                 batch.drop_op(op)
                 batch.add_op(op._replace(seq=0, since=self._clock.wall()))
 
-    def _is_unchanged(self, node: Node) -> bool:
-        before = self.ledger.unchanged.pop(node.ino, None)
-        if before is None or self._users[node.ino]:
-            return False
-        st = self._landing.stat(node.landing)
-        return before == (st.st_size, st.st_ctime_ns)
+    def _is_unchanged(self, node: Node, before: Unchanged) -> bool:
+        return not self._users[node.ino] and before.look == Unchanged.look_of(
+            self._landing.stat(node.landing)
+        )
 
-    def _take_off(self, node: Node, op: Op) -> None:
-        """Nothing was written: it is the clean file that it was before it was opened."""
-        with self.ledger.changing("unchanged") as batch:
+    def _take_off(self, node: Node, op: Op, before: Unchanged) -> None:
+        """Nothing was written: it is the clean file that it was before it was opened, in the cache, too."""
+        with self._given_back(node, before), self.ledger.changing("unchanged") as batch:
             batch.drop_op(op)
             batch.drop_node(node)
             if node.attributes != _DEFAULT and isinstance(op.expected, Version):
                 token = op.expected.token
                 batch.keep_attributes(node.mount, node.key, token, node.kind, node.attributes)
+
+    @contextmanager
+    def _given_back(self, node: Node, before: Unchanged) -> Iterator[None]:
+        """What was the cached file is that again; the block makes it nobody's landing file."""
+        with ExitStack() as stack:
+            content = self._landing.quiet(node.landing) if before.blocks else None
+            if content is not None:
+                stack.callback(content.close)
+                ready = self.copies.offer(before.entry, content, before.blocks)
+                if ready is not None:
+                    stack.callback(ready.close)
+                    stack.enter_context(ready.taken())
+            yield
 
     def _sweep(self, ino: int) -> None:
         """Remove what was unlinked while it was open, when nobody has it open any more."""
@@ -905,15 +931,12 @@ class Overlay:
         """Mount point and key of a name. Raises NotHere, NotADirectory."""
         directory = self._writable(parent)
         segment = names.original(name)
-        if segment is None or names.shown(segment) != name:
+        if segment is None or names.shown(segment) != name or not (self._any_bytes or _is_text(segment)):
             raise NotHere(f"no object can be shown as {names.to_text(name)!r} (docs/names.md)")
-        key = self._own_key(directory) + segment
-        self._check_key(directory.mount, key)
-        return directory.mount, key + "/" * (kind is Kind.DIRECTORY)
-
-    def _check_key(self, mount: int, key: str) -> None:
-        if not self._accepts(mount, key):
-            raise NotHere(f"the store can have no key such as {key!r}: no text, or too long")
+        key = self._own_key(directory) + segment + "/" * (kind is Kind.DIRECTORY)
+        if len(names.to_bytes(key)) > KEY_MAX:
+            raise NotHere(f"the key of {names.to_text(name)!r} would be longer than {KEY_MAX} bytes")
+        return directory.mount, key
 
     def _free(self, parent: int, name: bytes, kind: Kind) -> tuple[int, str]:
         found = self.key_for(parent, name, kind)
@@ -1009,6 +1032,10 @@ class Overlay:
     # ---- start ------------------------------------------------------------------------------------
 
     # ---- memory -----------------------------------------------------------------------------------
+
+
+def _is_text(segment: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in segment)
 
 
 def _token(entry: Entry) -> str:

@@ -77,8 +77,6 @@ def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[i
             if node.landing and node.landing not in there:
                 _log.info("%r was never synced before the power went: it is as it was before", node.key)
                 continue
-            if node.landing:
-                ledger.landing.make_own(node.landing)
             at, name = place(node.mount, node.key)
             row = int(Kind.DIRECTORY if node.kind is Kind.DIRECTORY else Kind.FILE)
             ino, generation = changing.claim(at, name, row, node.mount, names.to_bytes(node.key))

@@ -7,17 +7,17 @@ somebody else has changed the object, and nobody's data is lost (`Conflict`).
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 from datacache.config.settings import Conflict
 from datacache.errors import LandingBroken, NoSuchPath, Stopped
 from datacache.index import names
 from datacache.model import Entry, Kind
 from datacache.sources.sink import Stored
-from datacache.writing.journal import NOTHING, Attributes, Node, Op, OpKind
+from datacache.writing.copies import Ready
+from datacache.writing.journal import NOTHING, Attributes, Op, OpKind
 from datacache.writing.landing import Quiet
 from datacache.writing.overlay import Overlay
 from datacache.writing.owing import Expected, next_id
@@ -28,13 +28,6 @@ _log = logging.getLogger(__name__)
 SENT_XATTRS = 1024
 """Bytes of extended attributes that are sent with an object: a store takes 2 KiB of metadata (S3)."""
 _S_IF = {Kind.DIRECTORY: 0o040000, Kind.FILE: 0o100000, Kind.SYMLINK: 0o120000}
-
-
-class Keep(Protocol):
-    """Puts bytes that the store has now, as `entry`, into the cache, as far as there is room. What it returns
-    is called when the landing file is nobody's any more: then the cache may have that."""
-
-    def __call__(self, entry: Entry, content: Quiet) -> Callable[[], None] | None: ...
 
 
 @dataclass(frozen=True)
@@ -56,11 +49,11 @@ class Dirty:
 class Settling:
     """Implements `sending.Work` for an overlay; see the module. Thread-safe."""
 
-    def __init__(self, overlay: Overlay, *, keep: Keep, conflict: Conflict, host: str) -> None:
+    def __init__(self, overlay: Overlay, *, conflict: Conflict, host: str) -> None:
         """`host` is in the names of conflict files."""
         self._overlay, self._ledger, self._owing = overlay, overlay.ledger, overlay.owing
         self._lock = self._ledger.lock
-        self._keep, self._policy, self._host = keep, conflict, host
+        self._policy, self._host = conflict, host
         self._conflicts = 0
 
     def __repr__(self) -> str:
@@ -142,10 +135,17 @@ class Settling:
 
     def settled(self, op: Op, stored: Stored | None, content: Quiet | None) -> None:
         """The bucket holds it, or has it no more (`stored` is None)."""
-        keep: Callable[[], None] | None = None
-        if stored is not None and content is not None and content.size and not content.stopped:
-            keep = self._adopt(op, stored, content)
-        clean = False
+        ready: Ready | None = None
+        if stored is not None and content is not None and content.size:
+            ready = self._keep(op, stored, content)
+        try:
+            self._settle(op, stored, ready)
+        finally:
+            if ready is not None:
+                ready.close()
+        self._owing.poke()
+
+    def _settle(self, op: Op, stored: Stored | None, ready: Ready | None) -> None:
         with self._lock:
             now = self._ended(op)
             if now is None:
@@ -160,19 +160,12 @@ class Settling:
                     batch.update_op(now._replace(expected=there, resume=""))
             elif self._ledger.puts.get(now.ino) == now.seq:
                 assert stored is not None
-                self._put(now, stored)
-                clean = True
+                # Nobody has written since, and from here on nobody can: for that, it has to be asked of us.
+                with nullcontext() if ready is None else ready.taken():
+                    self._put(now, stored)
             else:
                 with self._ledger.changing("detached") as batch:
                     self._owing.done(batch, now, there)
-        self._owing.poke()
-        if clean and keep is not None and content is not None:
-            # No node has the landing file, so nobody will open it for writing. Should a power cut bring the
-            # node back, the next start gives it a file of its own (`resuming`).
-            step("upload.before.keep")
-            content.close()  # or who opens the cached file meanwhile waits for the lease
-            keep()
-            step("upload.after.keep")
 
     def stopped(self, op: Op) -> None:
         """It was given up, or failed; it stays pending, unless nobody needs it any more."""
@@ -233,15 +226,17 @@ class Settling:
         self._ledger.running.pop(op.seq, None)
         return self._ledger.ops.get(op.seq)
 
-    def _adopt(self, op: Op, stored: Stored, content: Quiet) -> Callable[[], None] | None:
+    def _keep(self, op: Op, stored: Stored, content: Quiet) -> Ready | None:
+        """Have in the cache what the bucket has now."""
         node, info = self._ledger.nodes.get(op.ino), stored.info
-        if node is not None and node.kind is Kind.FILE:
-            entry = Entry(
-                op.ino, node.parent, node.name, Kind.FILE, info.size, info.mtime_ns, op.mount, op.key,
-                info.version,
-            )  # fmt: skip
-            with suppress(Stopped):  # somebody writes to it again: the cache has a part of it
-                return self._keep(entry, content)
+        if node is None or node.kind is not Kind.FILE:
+            return None
+        entry = Entry(
+            op.ino, node.parent, node.name, Kind.FILE, info.size, info.mtime_ns, op.mount, op.key,
+            info.version,
+        )  # fmt: skip
+        with suppress(Stopped):  # somebody writes to it again: the cache has a part of it, if anything
+            return self._overlay.copies.keep(entry, content)
         return None
 
     def _put(self, op: Op, stored: Stored) -> None:
@@ -256,12 +251,6 @@ class Settling:
         with self._ledger.catalogue((node.parent, node.name), needed=True) as changing:
             self._ledger.rowless.discard(node.parent)
             row = Kind.DIRECTORY if directory else Kind.FILE
-            for above in self._implied(node):
-                self._ledger.rowless.discard(above.parent)
-                changing.settle(
-                    above.ino, above.parent, above.name, int(Kind.DIRECTORY), above.mount,
-                    names.to_bytes(above.key), None,
-                )  # fmt: skip
             changing.settle(
                 node.ino, node.parent, node.name, int(row), op.mount, names.to_bytes(op.key),
                 None if directory else stored.info,
@@ -269,24 +258,11 @@ class Settling:
         step("overlay.settled")
         with self._ledger.changing("settle") as batch:
             self._owing.done(batch, op, stored.info.version)
-            for above in self._implied(node):
-                batch.drop_node(above)
-                if above.attributes != Attributes():
-                    batch.keep_attributes(above.mount, above.key, "", above.kind, above.attributes)
             batch.drop_node(node)
             if kept != Attributes():
                 batch.keep_attributes(op.mount, op.key, token, node.kind, kept)
             else:
                 batch.drop_attributes(op.mount, op.key)
-
-    def _implied(self, node: Node) -> list[Node]:
-        """Directories above that the bucket is not owed, topmost first: it has them with what is in them."""
-        found: list[Node] = []
-        at = self._ledger.nodes.get(node.parent)
-        while at is not None and at.ino not in self._ledger.puts:
-            found.insert(0, at)
-            at = self._ledger.nodes.get(at.parent)
-        return found
 
     def _deleted(self, op: Op, there: Expected) -> None:
         at = self._ledger.hidden_at.get((op.mount, op.key))

@@ -92,15 +92,14 @@ class WritingMachine(RuleBasedStateMachine):
 
     killed = False
     resumes = False
-    markers = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.place = Place.new()
+        self.place = Place.new(cached=True)
         for key in ("a/a", "a/b/c", "b"):
             self.place.bucket.put(key, key.encode())
         self.tree: Tree = {"/a": None, "/a/a": b"a/a", "/a/b": None, "/a/b/c": b"a/b/c", "/b": b"b"}
-        self.mounted = Mounted(self.place, markers=self.markers)
+        self.mounted = Mounted(self.place)
         self.open: list[tuple[int, Any, str | None]] = []
         self.inos: dict[int, Kind] = {}
 
@@ -181,6 +180,30 @@ class WritingMachine(RuleBasedStateMachine):
     def pay(self, choose: int, stop: bool) -> None:
         self.mounted.pay(choose, stop=stop)
 
+    def a_file(self, choose: int) -> str:
+        files = sorted(path for path, data in self.tree.items() if data is not None)
+        return files[choose % len(files)] if files else "/new"
+
+    @rule(choose=st.integers(0, 5))
+    def read_one(self, choose: int) -> None:
+        if self.a_file(choose) in self.tree:
+            self.do(self.tree, lambda: self.mounted.put_in_cache(self.a_file(choose)))
+
+    @rule(choose=st.integers(0, 5), data=st.binary(min_size=1, max_size=4), offset=st.none() | st.just(1))
+    def write_one(self, choose: int, data: bytes, offset: int | None) -> None:
+        path = self.a_file(choose)
+        self.do(self.expect(written, path, data, offset), lambda: self.mounted.write(path, data, offset))
+
+    @rule(choose=st.integers(0, 5))
+    def open_one_and_write_nothing(self, choose: int) -> None:
+        path = self.a_file(choose)
+        if path in self.tree:
+            self.do(self.tree, lambda: self.mounted.write(path, b"", 0))
+
+    @rule()
+    def pay_some(self) -> None:
+        self.do(self.tree, lambda: [self.mounted.pay() for _ in range(3)])
+
     @rule(seconds=st.sampled_from([1.0, 20.0]))
     def wait(self, seconds: float) -> None:
         self.place.clock.advance(seconds)
@@ -200,10 +223,7 @@ class WritingMachine(RuleBasedStateMachine):
         for path in [*files, *shown]:
             while path := parent_of(path):
                 shown.add(path)
-        directories = {path for path, data in self.tree.items() if data is None}
-        if not self.markers:  # an empty one is here only
-            directories = {path for path in directories if any(file.startswith(path + "/") for file in files)}
-        assert shown == directories
+        assert shown == {path for path, data in self.tree.items() if data is None}
 
     def keys(self) -> list[str]:
         return [info.key for page in self.place.bucket.list("", recursive=True) for info in page.objects]
@@ -216,7 +236,7 @@ class WritingMachine(RuleBasedStateMachine):
         self.mounted.close()
         if not resumed and self.place.clock.wall() % 2:
             shutil.rmtree(self.place.root / "state")  # the catalogue is lost, too
-        self.mounted = Mounted(self.place, resumed=resumed, markers=self.markers)
+        self.mounted = Mounted(self.place, resumed=resumed)
         if resumed:  # a writer that died with us is told by the kernel's RELEASE
             for node in list(self.mounted.overlay.ledger.nodes.values()):
                 for _ in range(node.writers):
@@ -225,6 +245,7 @@ class WritingMachine(RuleBasedStateMachine):
     @invariant()
     def is_as_it_should_be(self) -> None:
         assert self.mounted.tree() == self.tree
+        assert self.mounted.wrong_in_cache() == []
 
 
 class DyingMachine(WritingMachine):
@@ -299,17 +320,6 @@ SETTINGS = settings(
 def test_deaths_leave_before_or_after() -> None:
     """A process that dies in the middle of an operation leaves what was before it, or what comes after it."""
     run_state_machine_as_test(DyingMachine, settings=SETTINGS)
-
-
-class UnmarkedMachine(DyingMachine):
-    """The same, and the store has no objects that stand for directories (Google, Azure)."""
-
-    markers = False
-
-
-def test_directories_are_kept_where_the_store_has_none() -> None:
-    """They are here, empty or not, and in the bucket with what is in them."""
-    run_state_machine_as_test(UnmarkedMachine, settings=SETTINGS)
 
 
 TestWriting = WritingMachine.TestCase

@@ -14,23 +14,24 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from datacache.cache import directory
+from datacache.cache.catalogue import checksum
 from datacache.cache.directory import MANAGED, DirectoryTier, LentFile, Owner, Rules, read_owner
-from datacache.cache.disk import Handle
 from datacache.cache.policy import Space
 from datacache.cache.store import Store
+from datacache.cache.tier import Block
 from datacache.cache.verify import verify
 from datacache.clock import VirtualClock
 from datacache.config.settings import Policy
 from datacache.errors import CacheError, Damaged, Locked, TierBroken, TierFull
 from datacache.model import ByteRange, CacheKey, GiB, KiB, MiB
 from tests.conftest import AnnouncedLogs
-from tests.contract.tier_suite import PAGE, content, key, put, used, whole
+from tests.contract.tier_suite import content, key, put, used, whole
 from tests.support.faulty_disk import WRITES, FaultyDisk
 from tests.support.mapper import Mapper
 
@@ -126,85 +127,6 @@ def test_the_cached_file_is_the_object(start: Open, place: Path) -> None:
         assert found.stat().st_mode & 0o777 == (0o700 if found.is_dir() else 0o600), found
     assert (place / MANAGED).stat().st_mode & 0o777 == 0o700
     assert (place / "precious").read_text() == "mine"
-
-
-def elsewhere(at: Path, of: CacheKey) -> Path:
-    """A file of ours with the bytes of `of`."""
-    at.mkdir(exist_ok=True)
-    path = at / "landed"
-    path.write_bytes(content(of))
-    path.chmod(0o600)
-    return path
-
-
-def opened(path: Path) -> Handle:
-    return Handle(os.open(path, os.O_RDONLY))
-
-
-@everywhere
-def test_a_file_is_taken_as_it_is(start: Open, place: Path) -> None:
-    """By another name, with its checksums; when its own goes, it is ours alone."""
-    tier, a = start(), key("a", 3 * BLOCK + 5)
-    theirs = elsewhere(place.parent / "beside", a)
-    take = tier.take(a, opened(theirs))
-    assert take is not None and not files(place) and not tier.present(a)
-    assert take()
-    (path,) = files(place)
-    assert path.samefile(theirs)
-    theirs.unlink()
-    del take  # it has the file open
-    assert (tier.present(a), read(tier, a), used(tier)) == (a.size, content(a), 4 * BLOCK - BLOCK + PAGE)
-    assert [one.key for one in tier.entries()] == [a]
-    lent = tier.lend(a)
-    assert lent is not None
-    lent.close()
-    tier.close()
-    again = start(boot="two")  # in doubt, so that checksums decide
-    assert read(again, a) == content(a) and again.recheck(a) == 0
-    again.close()
-    assert not verify(str(place), repair=False).problems
-    again = start(boot="two")
-    assert again.evict(a) == a.size and not files(place) and not used(again)
-
-
-def test_a_file_is_taken_only_from_the_same_file_system(start: Open) -> None:
-    """And only whole, and while it has a name."""
-    tier, a = start(), key("a")
-    if os.path.ismount("/dev/shm"):
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
-            assert tier.take(a, opened(elsewhere(Path(shm), a))) is None
-    with tempfile.TemporaryDirectory(dir=tier.path) as beside:
-        theirs = elsewhere(Path(beside), a)
-        assert tier.take(key("a", a.size - 1), opened(theirs)) is None
-        file = opened(theirs)
-        theirs.unlink()
-        assert tier.take(a, file) is None
-        assert tier.take(key("empty", 0), opened(Path(os.devnull))) is None
-
-
-def test_what_comes_in_between_is_not_taken(start: Open, place: Path, disk: FaultyDisk) -> None:
-    """A name that went, a quota that is used up, an entry that others made, two mounts of a file system:
-    nothing is left behind, and the tier is well."""
-    tier, a, b = start(quota=250 * KiB), key("a"), key("b")
-    theirs = elsewhere(place.parent / "beside", a)
-    gone, late = (tier.take(a, opened(theirs)) for _ in range(2))
-    assert gone is not None and late is not None
-    theirs.unlink()
-    assert not gone() and not used(tier)
-    put(tier, key("c"))
-    put(tier, key("d"))
-    take_b = tier.take(b, opened(elsewhere(place.parent / "beside", b)))
-    assert take_b is not None and not take_b()
-    tier.evict(key("c"))
-    tier.evict(key("d"))
-    put(tier, a)
-    before = files(place)
-    assert late() and files(place) == before
-    disk.fail = {"link": errno.EXDEV}
-    tier.evict(a)
-    assert not take_b() and not used(tier)
-    assert tier.take(b, opened(place.parent / "beside" / "landed")) is None
-    assert tier.stats()[0].state == "ok"
 
 
 def test_a_block_never_exceeds_the_block_size(start: Open) -> None:
@@ -1504,3 +1426,222 @@ def test_a_disk_that_is_full_when_it_is_opened_is_set_aside_and_comes_back(
     tier.upkeep()
     assert tier.stats()[0].state == "ok"
     assert tier.present(key("a")) == key("a").size
+
+
+# ---- whole files, from elsewhere and to elsewhere -------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """Another directory on the same file system."""
+    (tmp_path / "elsewhere").mkdir()
+    return tmp_path / "elsewhere"
+
+
+def blocks_of(of: CacheKey) -> list[Block]:
+    data = content(of)
+    spans = [(at, min(at + BLOCK, of.size)) for at in range(0, of.size, BLOCK)]
+    return [Block(start, stop, checksum(data[start:stop])) for start, stop in spans]
+
+
+def take(tier: DirectoryTier, of: CacheKey, file: Path) -> bool:
+    """Have a file that holds what it should taken."""
+    file.write_bytes(content(of))
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        taking = tier.admit(of, descriptor)
+        if taking is None:
+            return False
+        taken = taking.take(descriptor, blocks_of(of))
+        taking.close()
+        return taken
+    finally:
+        os.close(descriptor)
+
+
+def give(tier: DirectoryTier, of: CacheKey, file: Path) -> bool:
+    at = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return tier.surrender(of, at, file.name) is not None
+    finally:
+        os.close(at)
+
+
+def test_a_whole_file_is_taken_as_it_is(start: Open, place: Path, elsewhere: Path) -> None:
+    """It is the cached file, under a name of the cache's own, and lives when its first name is gone."""
+    tier, a = start(), key("a")
+    assert take(tier, a, elsewhere / "1")
+    assert [path.stat().st_ino for path in files(place)] == [(elsewhere / "1").stat().st_ino]
+    (elsewhere / "1").unlink()
+    assert (
+        read(tier, a) == content(a) and lend(tier, a) and used(tier) == files(place)[0].stat().st_blocks * 512
+    )
+    tier.close()
+    assert read(start(boot="two"), a) == content(a)
+    assert not take(tier, a, elsewhere / "2")
+
+
+def test_what_is_here_already_is_not_taken_again(start: Open, elsewhere: Path) -> None:
+    """In part, whole, or open and about to be filled."""
+    tier, a, b = start(), key("a"), key("b")
+    file = tier.open(a)
+    assert not take(tier, a, elsewhere / "1")
+    file.fill(0, content(a)[:BLOCK])
+    file.close()
+    before = used(tier)
+    assert not take(tier, a, elsewhere / "1")
+    (elsewhere / "2").write_bytes(content(b))
+    descriptor = os.open(elsewhere / "2", os.O_RDONLY)
+    taking = tier.admit(b, descriptor)
+    assert taking is not None and used(tier) > before
+    put(tier, b)
+    assert not taking.take(descriptor, blocks_of(b))
+    taking.close()
+    taking.close()
+    os.close(descriptor)
+    assert used(tier) == before + -(-b.size // 4096) * 4096
+    assert verify_clean(tier)
+
+
+def test_what_cannot_have_another_name_is_not_taken(
+    start: Open, place: Path, elsewhere: Path, disk: FaultyDisk
+) -> None:
+    """A file that has none any more, of another size, or of a file system that is mounted twice: nothing is
+    left behind, and the tier is well."""
+    tier, a = start(), key("a")
+    for code in (errno.EXDEV, errno.EPERM, errno.ENOENT):
+        disk.fail = {"link": code}
+        assert not take(tier, a, elsewhere / "1")
+    disk.fail = {}
+    (elsewhere / "1").write_bytes(content(a))
+    descriptor = os.open(elsewhere / "1", os.O_RDONLY)
+    assert tier.admit(key("a", a.size - 1), descriptor) is None
+    (elsewhere / "1").unlink()
+    assert tier.admit(a, descriptor) is None
+    os.close(descriptor)
+    assert used(tier) == 0 and files(place) == [] and tier.stats()[0].state == "ok"
+
+
+def test_what_was_taken_is_in_use_as_long_as_it_has_its_first_name(
+    start: Open, place: Path, elsewhere: Path
+) -> None:
+    """To evict it would give nothing back."""
+    tier, a = start(quota=200 * KiB, policy=Policy.LRU), key("a")
+    assert take(tier, a, elsewhere / "1")
+    with pytest.raises(TierFull):
+        put(tier, key("b", 150 * KiB))
+    assert tier.evict(a) == a.size and len(gone(place)) == 1 and used(tier) > 0
+    settle(tier)
+    assert used(tier) > 0
+    (elsewhere / "1").unlink()
+    settle(tier)
+    assert used(tier) == 0 and gone(place) == []
+
+
+def test_damage_is_not_cut_out_of_a_file_that_has_another_name(
+    start: Open, place: Path, elsewhere: Path, logs: AnnouncedLogs
+) -> None:
+    """Whoever knows it by that may want its bytes as they are."""
+    logs.expect("is damaged, and its file may be open elsewhere")
+    tier, a = start(), key("a")
+    assert take(tier, a, elsewhere / "1")
+    damaged = b"\xff" * 100 + content(a)[100:] + b"more"
+    (elsewhere / "1").write_bytes(damaged)
+    tier.recheck(a)
+    assert (elsewhere / "1").read_bytes() == damaged
+    assert tier.present(a) == 0
+
+
+def test_what_is_too_long_is_not_cut_off_a_file_that_has_another_name(start: Open, elsewhere: Path) -> None:
+    """The same of its end."""
+    tier, a = start(), key("a")
+    assert take(tier, a, elsewhere / "1")
+    with (elsewhere / "1").open("ab") as file:
+        file.write(b"more")
+    tier.recheck(a)
+    assert (elsewhere / "1").read_bytes() == content(a) + b"more"
+    assert tier.present(a) == 0
+
+
+def test_a_file_is_given_away(start: Open, place: Path, elsewhere: Path) -> None:
+    """It is somebody else's then, and what is written to it is nothing to the cache."""
+    tier, a = start(), key("a")
+    put(tier, a)
+    assert give(tier, a, elsewhere / "1")
+    assert files(place) == [] and used(tier) == 0 and list(tier.entries()) == []
+    assert (elsewhere / "1").read_bytes() == content(a)
+    assert not give(tier, a, elsewhere / "2")
+
+
+@pytest.mark.parametrize(
+    "why", ["open", "lent", "mapped", "pinned", "in part", "in doubt", "elsewhere", "cut"]
+)
+def test_what_cannot_be_given_away_stays(start: Open, place: Path, elsewhere: Path, why: str) -> None:
+    """In use, wanted here, not whole, not certain, or where the other directory is on another file system."""
+    tier, a, to = start(), key("a"), elsewhere / "1"
+    with ExitStack() as stack:
+        if why != "in part":
+            put(tier, a)
+        else:
+            file = tier.open(a)
+            file.fill(0, content(a)[:BLOCK])
+            file.close()
+        if why == "open":
+            stack.callback(tier.open(a).close)
+        elif why == "lent":
+            stack.callback(lend(tier, a).close)
+        elif why == "mapped":
+            stack.enter_context(mapped(tier, a))
+        elif why == "pinned":
+            tier.pin(a, True)
+        elif why == "in doubt":
+            tier.abandon()
+            tier = start(boot="two")
+        elif why == "elsewhere":
+            if not os.path.ismount("/dev/shm"):
+                pytest.skip("/dev/shm is not a tmpfs here")
+            to = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))) / "1"
+        elif why == "cut":
+            os.truncate(files(place)[0], 10)
+        present = tier.present(a)
+        assert not give(tier, a, to)
+        assert not to.exists() and tier.present(a) == present
+
+
+def test_a_row_never_vouches_for_what_was_given_away(start: Open, place: Path, elsewhere: Path) -> None:
+    """It has gone for good, power cut or not, before the file has lost the cache's name: until then nobody is
+    told that it may be written."""
+    tier, a = start(), key("a")
+    put(tier, a)
+    assert tier.store is not None
+    disk, catalogue = tier.store._disk, tier.store.catalogue
+    remove, unlink, order = catalogue.remove, disk.unlink, []
+
+    def removed(entry: int, *, durable: bool = False) -> bool:
+        order.append(f"forgotten, {durable=}")
+        return remove(entry, durable=durable)
+
+    def unlinked(name: str, *, at: int) -> None:
+        order.append("unlinked")
+        unlink(name, at=at)
+
+    catalogue.remove, disk.unlink = removed, unlinked  # type: ignore[method-assign]
+    assert give(tier, a, elsewhere / "1")
+    assert order == ["forgotten, durable=True", "unlinked"]
+
+
+def test_files_that_are_to_be_written_are_disowned(start: Open, place: Path, elsewhere: Path) -> None:
+    """With an entry, without one yet, and evicted: no name of them is left; others stay."""
+    tier = start()
+    a, b, c = key("a"), key("b"), key("c")
+    assert take(tier, a, elsewhere / "a") and take(tier, b, elsewhere / "b")
+    put(tier, c)
+    tier.evict(b)
+    (elsewhere / "o").write_bytes(b"on its way")
+    os.link(elsewhere / "o", files(place)[0].with_name("0" * 32 + "-1"))
+    tier.disown([(path.stat().st_dev, path.stat().st_ino) for path in elsewhere.iterdir()])
+    assert {path.stat().st_nlink for path in elsewhere.iterdir()} == {1}
+    assert gone(place) == [] and tier.present(a) == 0 and tier.present(c) == c.size
+    assert used(tier) == -(-c.size // 4096) * 4096
+    tier.disown([(1 << 60, files(place)[0].stat().st_ino)])
+    assert tier.present(c) == c.size

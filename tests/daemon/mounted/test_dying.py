@@ -95,16 +95,17 @@ REACHED = (
     "journal.before.remember", "journal.before.rename", "journal.before.settle", "journal.before.unlink",
     "journal.within.close", "journal.within.create", "journal.within.rename", "journal.within.settle",
     "landing.after.create", "landing.after.discard", "landing.after.sync", "landing.before.create",
-    "landing.before.discard", "landing.before.sync", "overlay.settled", "upload.after.copy",
-    "upload.after.delete", "upload.after.put", "upload.after.remember", "upload.after.settled",
-    "upload.before.copy", "upload.before.delete", "upload.before.put", "upload.before.remember",
-    "upload.before.settled",
+    "landing.before.discard", "landing.before.sync", "overlay.settled", "takeover.after.take",
+    "takeover.before.take", "upload.after.copy", "upload.after.delete", "upload.after.put",
+    "upload.after.remember", "upload.after.settled", "upload.before.copy", "upload.before.delete",
+    "upload.before.put", "upload.before.remember", "upload.before.settled",
 )  # fmt: skip
 """Those that STEPS come to. The others need a rival, or a moment that cannot be chosen here: the models of
 tests/model die there."""
 A_FEW = (
     "journal.after.create", "journal.before.close", "journal.after.rename", "overlay.settled",
     "upload.after.put", "upload.after.remember", "upload.after.delete", "landing.before.discard",
+    "takeover.after.take",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import pytest
 from datacache.config.settings import MountSettings, WritingSettings
 from datacache.model import KiB, MiB
 from fuse import mountpoint
-from tests.daemon.mounted.conftest import Daemon, Start
+from tests.daemon.mounted.conftest import Daemon, Start, flushed
 from tests.support.reading import until
 
 OLD = bytes(range(256)) * 300
@@ -583,3 +583,37 @@ def test_what_was_written_outlives_the_mount(daemon: Start, one: Daemon, mnt: Pa
     two = daemon(mount=one.settings.mount, writing=one.settings.writing)
     assert (mnt / "new").read_bytes() == b"closed"
     until(lambda: in_bucket(two, "new", b"closed"))
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+def files_below(directory: Path) -> dict[int, Path]:
+    """By inode number."""
+    return {path.stat().st_ino: path for path in directory.rglob("*") if path.is_file()}
+
+
+def test_large_files_go_to_the_cache_and_back_without_a_copy(one: Daemon, mnt: Path, tmp_path: Path) -> None:
+    """What was uploaded is a cached file without a download, and without a copy: the same file. So is what is
+    landed to be changed. The store is asked for nothing."""
+    data = os.urandom(64 * MiB)
+    put(mnt / "big", data)
+    (landing_file,) = [
+        inode
+        for inode, path in files_below(tmp_path / "landing").items()
+        if path.parent.name == "files" and path.stat().st_size == len(data)
+    ]
+    flushed(one)
+    assert landing_file in files_below(tmp_path / "cache")
+    read = one.status()["sources"]
+    assert (mnt / "big").read_bytes() == data
+    assert one.status()["sources"] == read, "the store was asked"
+    until(lambda: one.status()["mount_files"]["open_files"] == 0)
+    with open(mnt / "big", "r+b") as file:
+        file.write(b"!")
+    assert landing_file in files_below(tmp_path / "landing")
+    flushed(one)
+    assert (mnt / "big").read_bytes() == b"!" + data[1:]
+    assert (one.bucket / "big").read_bytes() == b"!" + data[1:]
+    writing = one.status()["writing"]
+    assert (writing["kept_files"], writing["landed_files"], writing["copied_bytes"]) == (2, 1, 0)
