@@ -41,6 +41,7 @@ EXAMPLES = """\
 examples:
   datacache doctor                                      this machine
   datacache doctor s3://bucket/train --cache ssd:/var/cache/x=200GiB
+  datacache doctor --rw s3://bucket/results --landing /mnt/nvme/landing
 
 exit codes: 0 nothing failed (there may be warnings); 1 something did; 2 wrong input.
 """
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-other", action="store_true", help="check that other users could be let in")
     flags.add_json_flag(parser)
     flags.add_dataset_flags(parser)
+    flags.add_writing_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,6 +108,8 @@ def _all(settings: "Settings | None", *, allow_other: bool) -> Iterator[Finding]
         return
     for tier in settings.cache.tiers:
         yield from tier_findings(tier, reserve=settings.cache.reserve)
+    if settings.writing.enabled:
+        yield landing_zone(settings)
     for mount in settings.dataset.mounts:
         yield from store(mount, settings)
 
@@ -237,6 +241,23 @@ def tier_findings(tier: "TierSettings", *, reserve: float) -> Iterator[Finding]:
             name, "warn", f"only {space.f_favail} of {space.f_files} inodes are free",
             "each cached object takes one; the tier is full until there are more",
         )  # fmt: skip
+
+
+def landing_zone(settings: "Settings") -> Finding:
+    """Whether files need to be copied between the landing zone and the cache."""
+    from datacache.writing.opening import landing_directory, tier_beside
+
+    directory, beside = landing_directory(settings), tier_beside(settings)
+    if beside:
+        return Finding(
+            "landing zone", "ok", f"{directory}: on the file system of {beside}; no copies are made"
+        )
+    return Finding(
+        "landing zone", "warn",
+        f"{directory}: on another file system than the cache: what is uploaded is copied into that, and what "
+        "is changed out of it",
+        "--landing DIR, or --cache ssd:DIR, on the file system of the other",
+    )  # fmt: skip
 
 
 def file_system_type(directory: str, table: bytes) -> str:

@@ -139,8 +139,13 @@ def add_dataset_flags(parser: argparse.ArgumentParser, *, reading: bool = True) 
 def add_mount_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the FUSE mount and its daemon."""
     _add(parser, "the mount", MOUNT)
-    _add(parser, "writing", WRITING)
+    add_writing_flags(parser)
     _add(parser, "the daemon", DAEMON)
+
+
+def add_writing_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a mount that can be written to."""
+    _add(parser, "writing", WRITING)
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ from datacache.cluster import registry
 from datacache.cluster.control import CachedPath
 from datacache.cluster.server import ControlServer
 from datacache.config.keys import KEYS
-from datacache.config.settings import CacheSettings, TierSettings
+from datacache.config.settings import CacheSettings, Settings, TierSettings, WritingSettings
 from datacache.errors import (
     Denied,
     MountError,
@@ -37,7 +37,7 @@ from datacache.errors import (
     Unavailable,
     Unsupported,
 )
-from datacache.model import Buffer, ByteRange, GiB, Medium, MiB, MountPoint, ObjectInfo, Version
+from datacache.model import Buffer, ByteRange, Dataset, GiB, Medium, MiB, MountPoint, ObjectInfo, Version
 from datacache.reading.job import LoadRequest, LoadStatus
 from datacache.sources.memory import MemorySource
 from datacache.sources.source import Page
@@ -525,14 +525,10 @@ def test_evict_pin_and_unpin(worker: FakeControl, say: Said, tmp_path: Path) -> 
         "3 files, 3.0 MiB would be evicted\n"
     )
     assert json.loads(say("evict", "images:/", "--json")[1])["bytes"] == 3 * MiB
-    assert say("rm", "images:/img", "--cache-only", "--dry-run")[1].endswith("would be evicted\n")
-    code, _, err = say("rm", "images:/img")
-    assert (code, "--cache-only" in err) == (2, True), "files are rm(1)'s to remove"
     assert say("pin", "images:/img")[1] == "images:/img: 3 files pinned\n"
     assert json.loads(say("unpin", "images:/img", "--json")[1])["pinned"] is False
     assert worker.asked == [
-        ("evict", "/img", True), ("evict", "/", False), ("evict", "/img", True),
-        ("pin", "/img", True), ("pin", "/img", False),
+        ("evict", "/img", True), ("evict", "/", False), ("pin", "/img", True), ("pin", "/img", False),
     ]  # fmt: skip
 
 
@@ -848,6 +844,19 @@ def test_doctor_on_allow_other(tmp_path: Path) -> None:
 def _tier(medium: Medium, path: Path, quota: int) -> list[tuple[str, str]]:
     tier = TierSettings(medium, str(path), quota)
     return [(found.state, found.text) for found in doctor.tier_findings(tier, reserve=0.0)]
+
+
+def test_doctor_says_whether_files_are_copied_between_cache_and_landing_zone(tmp_path: Path) -> None:
+    """They are not where both lie on one file system, be they made or not; `status` says the same."""
+    one = Settings(
+        dataset=Dataset("x", (MountPoint("s3://x"),)), state=str(tmp_path / "state"), runtime=str(tmp_path),
+        cache=CacheSettings(tiers=(TierSettings(Medium.SSD, str(tmp_path / "not made" / "cache"), MiB),)),
+    )  # fmt: skip
+    found = doctor.landing_zone(one)
+    assert (found.state, f"ssd:{tmp_path}" in found.text) == ("ok", True)
+    if os.path.ismount("/dev/shm"):
+        elsewhere = dataclasses.replace(one, writing=WritingSettings(landing="/dev/shm/not made"))
+        assert doctor.landing_zone(elsewhere).state == "warn"
 
 
 def test_doctor_on_tiers(tmp_path: Path) -> None:
