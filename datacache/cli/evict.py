@@ -1,4 +1,5 @@
-"""`datacache evict`: drop cached copies. The bucket is not touched; open files stay readable."""
+"""`datacache evict`, also as `rm --cache-only`: drop cached copies. The bucket is not touched; open files
+stay readable, and what is not in the bucket yet is no copy."""
 
 import argparse
 
@@ -16,6 +17,12 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Drop the cached copies of a file, or of all files below a directory, pinned or not."
     parser.epilog = EXAMPLES
+    if parser.prog.endswith(" rm"):
+        parser.description += " Files themselves are removed by rm(1), on a mount with --rw."
+        parser.epilog = EXAMPLES.replace("datacache evict", "datacache rm --cache-only")
+        parser.add_argument(
+            "--cache-only", action="store_true", required=True, help="as `datacache evict`; must be given"
+        )
     parser.add_argument("path", metavar="PATH", help="a path in a mount, or NAME:/path of a mounted data set")
     parser.add_argument("--dry-run", action="store_true", help="say what would go, and leave it")
     flags.add_json_flag(parser)

@@ -45,6 +45,7 @@ COMMANDS = {
     "flush": Command("flush", "wait until what was written is in the bucket"),
     "recover": Command("recover", "upload what a landing zone still holds, without a mount"),
     "evict": Command("evict", "drop cached copies"),
+    "rm": Command("evict", "with --cache-only: the same"),
     "pin": Command("pin", "keep cached copies from eviction"),
     "unpin": Command("pin", "let pinned copies be evicted again"),
     "verify": Command("verify", "hold every cached block against its checksum"),

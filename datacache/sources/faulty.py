@@ -209,6 +209,9 @@ class FaultySink:
     def traits(self) -> SinkTraits:
         return self.inner.traits
 
+    def accepts(self, key: str) -> bool:
+        return self.inner.accepts(key)
+
     def add(self, operation: str, *faults: Fault | None) -> None:
         """Let these befall the next calls of `operation`, after what the script still holds."""
         with self._lock:

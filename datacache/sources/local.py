@@ -37,6 +37,7 @@ from datacache.errors import (
 )
 from datacache.model import Buffer, ByteRange, MiB, ObjectInfo, TiB, Version
 from datacache.sources.sink import (
+    KEY_MAX,
     NOTHING,
     SIZE,
     Content,
@@ -205,6 +206,9 @@ class LocalSink:
     @property
     def traits(self) -> SinkTraits:
         return SinkTraits(conditional=False, copies=True, resumable=False, largest=8 * TiB)
+
+    def accepts(self, key: str) -> bool:
+        return len(_raw(key)) <= KEY_MAX
 
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put

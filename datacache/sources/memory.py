@@ -21,6 +21,7 @@ from datacache.model import Buffer, ByteRange, GiB, MiB, ObjectInfo, Version
 from datacache.sources.sink import (
     ANYTHING,
     DIGEST,
+    KEY_MAX,
     SIZE,
     Content,
     Expected,
@@ -289,6 +290,9 @@ class MemorySink:
     @property
     def traits(self) -> SinkTraits:
         return SinkTraits(conditional=True, copies=True, resumable=True, largest=4 * GiB)
+
+    def accepts(self, key: str) -> bool:
+        return len(key.encode("utf-8", "surrogateescape")) <= KEY_MAX
 
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put

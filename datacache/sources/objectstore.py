@@ -54,6 +54,7 @@ from datacache.sources.sink import (
     Stored,
     as_headers,
     check_content,
+    fits,
     from_headers,
     require,
 )  # fmt: skip
@@ -406,6 +407,9 @@ class ObjectStoreSink:
     def traits(self) -> SinkTraits:
         return SinkTraits(conditional=True, copies=False, resumable=False, largest=TiB)
 
+    def accepts(self, key: str) -> bool:
+        return can_name(self._prefix + key) and fits(self._prefix + key)
+
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put
     ) -> Stored:
@@ -471,6 +475,8 @@ class ObjectStoreSink:
     def delete(self, key: str, *, expected: Expected) -> None:
         if expected is NOTHING:
             raise ValueError("a delete that expects nothing")
+        if not self.accepts(key):
+            return  # so it is not there
         found = self._found(key)
         if found is None:
             return

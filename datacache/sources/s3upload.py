@@ -54,6 +54,7 @@ from datacache.sources.sink import (
     Stored,
     as_headers,
     check_content,
+    fits,
     from_headers,
     require,
 )
@@ -142,6 +143,9 @@ class S3Sink:
     @property
     def traits(self) -> SinkTraits:
         return SinkTraits(conditional=self._asked(), copies=True, resumable=True, largest=LARGEST)
+
+    def accepts(self, key: str) -> bool:
+        return fits(self._whole(key))
 
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put

@@ -51,6 +51,9 @@ ANYTHING: Final = Special.ANYTHING
 Expected = Version | Special
 """What must stand under a key for a call to take effect; a Version: exactly that one."""
 
+KEY_MAX = 1024
+"""Bytes of a key, as S3, Google, Azure and OSS have it."""
+
 DIGEST: Final = "digest"
 SIZE: Final = "size"
 
@@ -108,6 +111,9 @@ class Sink(Protocol):
     def traits(self) -> SinkTraits:
         """What this sink can do. May ask the store, the first time."""
 
+    def accepts(self, key: str) -> bool:
+        """Whether there can be such a key: what it is made of, and how long it is. Asks nobody."""
+
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put
     ) -> Stored:
@@ -132,6 +138,14 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Let go of connections. Calls under way may fail with Unavailable. Idempotent."""
+
+
+def fits(key: str) -> bool:
+    """Whether a whole key is text of up to KEY_MAX bytes."""
+    try:
+        return len(key.encode()) <= KEY_MAX
+    except UnicodeEncodeError:
+        return False
 
 
 def require(found: ObjectInfo | None, expected: Expected, thing: str) -> None:

@@ -151,7 +151,7 @@ def open_writing(
         overlay = Overlay(
             index, journal, landing, clock=clock, copies=Copies(reader, cache),
             roots=[index.resolve(point.path).ino for point in settings.dataset.mounts],
-            any_bytes=all(sink.uri.startswith("file:") for sink in sinks),
+            accepts=lambda mount, key: sinks[mount].accepts(key),
             resumed=resumed, leases_tell=leases_tell,
         )  # fmt: skip
         built.callback(overlay.close)

@@ -69,8 +69,6 @@ RESERVED = 1000
 """Numbers of paths that are taken from the catalogue at once: each time is a transaction of it."""
 RENAMED_MAX = 100_000
 """Files below a directory that is renamed at most; beyond, it is EXDEV, on which `mv` copies and deletes."""
-KEY_MAX = 1024
-"""Bytes of a key, as S3, GCS, Azure and OSS have it."""
 XATTRS_MAX = 64 * 1024
 """Bytes of the extended attributes of one path."""
 _PAGE = 1000
@@ -89,19 +87,19 @@ class Overlay:
         clock: Clock,
         copies: Copies,
         roots: Sequence[int],
-        any_bytes: bool = True,
+        accepts: Callable[[int, str], bool],
         resumed: bool = False,
         leases_tell: bool = False,
     ) -> None:
-        """`any_bytes`: the stores have keys that are no UTF-8, too.
+        """`accepts`: whether the store of a mount point can have such a key.
 
         `roots`: the `ino` of each mount point, in order.
         `resumed`: an earlier daemon served this mount, so numbers in the journal are in use. `leases_tell`:
         all writers are the kernel's own (passthrough), so leases tell of those that an earlier daemon had."""
         self._index, self._landing, self._clock = index, landing, clock
-        self.copies, self._roots, self._any_bytes = copies, tuple(roots), any_bytes
+        self.copies, self._roots, self._accepts = copies, tuple(roots), accepts
         self.ledger = Ledger(journal, landing, index)
-        self.owing = Owing(self.ledger, clock)
+        self.owing = Owing(self.ledger, clock, accepts=accepts)
         self._lock = self.ledger.lock
         # Changed under the lock.
         self._numbers: Iterator[int] = iter(())  # reserved in the catalogue
@@ -377,7 +375,10 @@ class Overlay:
                 if at == entry.ino:
                     raise NotHere("a directory cannot become a part of itself")
                 at = self.entry(at).parent
-            self._rename(entry, target, new_parent, new_name, key)
+            moved = list(self._moved(self._node_of(entry), new_parent, new_name, key))
+            for _, new in moved:
+                self._check_key(mount, new.key.removesuffix("/"))
+            self._rename(entry, target, moved)
             self._keep_directory(parent)
         self.owing.poke()
 
@@ -410,13 +411,13 @@ class Overlay:
         elif target.kind is Kind.DIRECTORY:
             raise IsADirectory(self.path(target.ino))
 
-    def _rename(self, entry: Entry, target: Entry | None, parent: int, name: bytes, key: str) -> None:
+    def _rename(self, entry: Entry, target: Entry | None, moved: Sequence[tuple[Node, Node]]) -> None:
         with self.ledger.changing("rename") as batch:
             there: Expected = NOTHING
             if target is not None:
                 there = self._take_away(batch, target, hide=False)
             left: list[Op] = []
-            for node, new in self._moved(self._node_of(entry), parent, name, key):
+            for node, new in moved:
                 left += self._move(batch, node, new, there)
                 there = NOTHING  # of all but the first, nothing was there
             # After all the PUTs, and a directory after what is in it.
@@ -424,10 +425,11 @@ class Overlay:
                 batch.add_op(op)
             if any(op.key == self._own_key(entry) for op in left):
                 batch.hide(Hidden(entry.parent, entry.name, entry.mount, self._own_key(entry)))
-        with self.ledger.catalogue((entry.parent, entry.name), (parent, name)) as changing:
+        top = moved[0][1]
+        with self.ledger.catalogue((entry.parent, entry.name), (top.parent, top.name)) as changing:
             if target is not None:
                 changing.bury(target.ino)
-            changing.place(entry.ino, parent, name, entry.mount, names.to_bytes(key))
+            changing.place(entry.ino, top.parent, top.name, entry.mount, names.to_bytes(top.key))
 
     def _moved(self, node: Node, parent: int, name: bytes, key: str) -> Iterator[tuple[Node, Node]]:
         """What a rename moves, as it was and as it will be, parents first."""
@@ -931,12 +933,15 @@ class Overlay:
         """Mount point and key of a name. Raises NotHere, NotADirectory."""
         directory = self._writable(parent)
         segment = names.original(name)
-        if segment is None or names.shown(segment) != name or not (self._any_bytes or _is_text(segment)):
+        if segment is None or names.shown(segment) != name:
             raise NotHere(f"no object can be shown as {names.to_text(name)!r} (docs/names.md)")
-        key = self._own_key(directory) + segment + "/" * (kind is Kind.DIRECTORY)
-        if len(names.to_bytes(key)) > KEY_MAX:
-            raise NotHere(f"the key of {names.to_text(name)!r} would be longer than {KEY_MAX} bytes")
-        return directory.mount, key
+        key = self._own_key(directory) + segment
+        self._check_key(directory.mount, key)
+        return directory.mount, key + "/" * (kind is Kind.DIRECTORY)
+
+    def _check_key(self, mount: int, key: str) -> None:
+        if not self._accepts(mount, key):
+            raise NotHere(f"the store can have no key such as {key!r}: no text, or too long")
 
     def _free(self, parent: int, name: bytes, kind: Kind) -> tuple[int, str]:
         found = self.key_for(parent, name, kind)
@@ -1032,10 +1037,6 @@ class Overlay:
     # ---- start ------------------------------------------------------------------------------------
 
     # ---- memory -----------------------------------------------------------------------------------
-
-
-def _is_text(segment: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in segment)
 
 
 def _token(entry: Entry) -> str:

@@ -8,6 +8,7 @@ is told that nobody waits for it, and what follows it is of its lineage.
 """
 
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 from datacache.clock import Clock
@@ -41,8 +42,9 @@ class _NoUploads:
 class Owing:
     """Adds to what the bucket is owed. Called with the ledger's lock held, `poke` and `attach` without it."""
 
-    def __init__(self, ledger: Ledger, clock: Clock) -> None:
-        self._ledger, self._clock = ledger, clock
+    def __init__(self, ledger: Ledger, clock: Clock, *, accepts: Callable[[int, str], bool]) -> None:
+        """`accepts`: whether the store of a mount point can have such a key."""
+        self._ledger, self._clock, self._accepts = ledger, clock, accepts
         self._uploads: Uploads = _NoUploads()
 
     def __repr__(self) -> str:
@@ -93,6 +95,8 @@ class Owing:
             expected = ANYTHING
         if (node.mount, node.key) in self._ledger.hidden_at:
             batch.show(node.mount, node.key)
+        if node.kind is Kind.DIRECTORY and not self._accepts(node.mount, node.key):
+            return  # a directory is there when something is in it; until then, it is here only
         batch.add_op(
             Op(
                 0, mark, OpKind.PUT, node.ino, node.mount, node.key, barrier, expected, node.landing,

@@ -17,7 +17,7 @@ from datacache.index import names
 from datacache.model import Entry, Kind
 from datacache.sources.sink import Stored
 from datacache.writing.copies import Ready
-from datacache.writing.journal import NOTHING, Attributes, Op, OpKind
+from datacache.writing.journal import NOTHING, Attributes, Node, Op, OpKind
 from datacache.writing.landing import Quiet
 from datacache.writing.overlay import Overlay
 from datacache.writing.owing import Expected, next_id
@@ -251,6 +251,12 @@ class Settling:
         with self._ledger.catalogue((node.parent, node.name), needed=True) as changing:
             self._ledger.rowless.discard(node.parent)
             row = Kind.DIRECTORY if directory else Kind.FILE
+            for above in self._implied(node):
+                self._ledger.rowless.discard(above.parent)
+                changing.settle(
+                    above.ino, above.parent, above.name, int(Kind.DIRECTORY), above.mount,
+                    names.to_bytes(above.key), None,
+                )  # fmt: skip
             changing.settle(
                 node.ino, node.parent, node.name, int(row), op.mount, names.to_bytes(op.key),
                 None if directory else stored.info,
@@ -258,11 +264,24 @@ class Settling:
         step("overlay.settled")
         with self._ledger.changing("settle") as batch:
             self._owing.done(batch, op, stored.info.version)
+            for above in self._implied(node):
+                batch.drop_node(above)
+                if above.attributes != Attributes():
+                    batch.keep_attributes(above.mount, above.key, "", above.kind, above.attributes)
             batch.drop_node(node)
             if kept != Attributes():
                 batch.keep_attributes(op.mount, op.key, token, node.kind, kept)
             else:
                 batch.drop_attributes(op.mount, op.key)
+
+    def _implied(self, node: Node) -> list[Node]:
+        """Directories above that the bucket is not owed, topmost first: it has them with what is in them."""
+        found: list[Node] = []
+        at = self._ledger.nodes.get(node.parent)
+        while at is not None and at.ino not in self._ledger.puts:
+            found.insert(0, at)
+            at = self._ledger.nodes.get(at.parent)
+        return found
 
     def _deleted(self, op: Op, there: Expected) -> None:
         at = self._ledger.hidden_at.get((op.mount, op.key))

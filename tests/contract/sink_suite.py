@@ -341,6 +341,19 @@ class SinkSuite:
         assert read(made, "large") == b"somebody else's"
         assert made.unfinished() == 0
 
+    def test_it_says_which_keys_there_can_be(self, made: Made) -> None:
+        """The prefix counts. What cannot be put need not be deleted, and is not found."""
+        assert made.sink.accepts("a/b c.ü")
+        longest = next(n for n in range(1025, 0, -1) if made.sink.accepts("x" * n))
+        assert longest <= 1024
+        if not made.tree:  # a directory takes no name of so many bytes
+            put(made, "x" * longest, b"data")
+            assert read(made, "x" * longest) == b"data"
+        for key in ("x" * (longest + 1), "d/"):
+            if not made.sink.accepts(key):
+                made.sink.delete(key, expected=ANYTHING)
+                assert made.sink.find(key) is None
+
     def test_it_can_be_asked_how_it_is(self, made: Made) -> None:
         """A repr names class and root; the URI is the source's."""
         assert type(made.sink).__name__ in repr(made.sink)

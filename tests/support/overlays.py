@@ -142,7 +142,9 @@ class Mounted:
         resumed: bool = False,
         conflict: Conflict = Conflict.KEEP_BOTH,
         ttl: float = 10.0,
+        markers: bool = True,
     ) -> None:
+        """`markers`: the store can have keys that end in "/"."""
         self.place = place
         make_way(str(place.root))
         index = open_index(
@@ -165,7 +167,7 @@ class Mounted:
         self.copies = _Copies(self.reader, self.cache, worth_giving=1)
         self.overlay = Overlay(
             index, self.journal, self.landing, clock=place.clock, copies=self.copies,
-            roots=[ROOT], resumed=resumed,
+            roots=[ROOT], resumed=resumed, accepts=lambda mount, key: markers or not key.endswith("/"),
         )  # fmt: skip
         self.settling = Settling(self.overlay, conflict=conflict, host="")
 

@@ -525,10 +525,14 @@ def test_evict_pin_and_unpin(worker: FakeControl, say: Said, tmp_path: Path) -> 
         "3 files, 3.0 MiB would be evicted\n"
     )
     assert json.loads(say("evict", "images:/", "--json")[1])["bytes"] == 3 * MiB
+    assert say("rm", "images:/img", "--cache-only", "--dry-run")[1].endswith("would be evicted\n")
+    code, _, err = say("rm", "images:/img")
+    assert (code, "--cache-only" in err) == (2, True), "files are rm(1)'s to remove"
     assert say("pin", "images:/img")[1] == "images:/img: 3 files pinned\n"
     assert json.loads(say("unpin", "images:/img", "--json")[1])["pinned"] is False
     assert worker.asked == [
-        ("evict", "/img", True), ("evict", "/", False), ("pin", "/img", True), ("pin", "/img", False),
+        ("evict", "/img", True), ("evict", "/", False), ("evict", "/img", True),
+        ("pin", "/img", True), ("pin", "/img", False),
     ]  # fmt: skip
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from datacache.errors import OtherStore
+from datacache.writing import overlay
 from tests.support.overlays import Mounted, Place
 
 
@@ -35,6 +37,26 @@ def test_clean_files_can_be_swapped(mounted: Mounted, paid: bool) -> None:
     mounted.drain()
     assert mounted.tree() == {"/a": b"b", "/b": b"a"}
     assert not mounted.settling.ops()
+
+
+def test_a_directory_is_renamed_file_by_file(mounted: Mounted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rename of a directory | of every file below, as above; beyond 100,000 files EXDEV, on which `mv`
+    copies"""
+    assert overlay.RENAMED_MAX == 100_000
+    for key in ("d/e/1", "d/2"):
+        mounted.place.bucket.put(key, key.encode())
+    mounted.write("/d/3", b"d/3")
+    rename(mounted, "/d", "/to")
+    wanted = {"to/e/1": b"d/e/1", "to/2": b"d/2", "to/3": b"d/3"}
+    shown = {path[1:]: data for path, data in mounted.tree().items() if data is not None}
+    assert shown == {**wanted, "a": b"a", "b": b"b"}
+    mounted.drain()
+    keys = {key for page in mounted.place.bucket.list("", recursive=True) for key in page.objects}
+    assert {one.key for one in keys if not one.key.endswith("/")} == {*wanted, "a", "b"}
+    monkeypatch.setattr(overlay, "RENAMED_MAX", 2)
+    with pytest.raises(OtherStore, match="more than 2 files"):
+        rename(mounted, "/to", "/back")
+    assert mounted.tree()["/to/2"] == b"d/2"
 
 
 def test_a_file_is_written_while_its_copy_is_made(mounted: Mounted) -> None:

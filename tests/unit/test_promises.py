@@ -13,9 +13,10 @@ def plain(text: str) -> str:
 
 
 def promises() -> list[str]:
-    """The sentences after a ▸; of a row of the table that has one, what happened and the errno."""
+    """The sentences after a ▸; of a row of a table that has one, what happened, and the errno or whatever
+    becomes of it."""
     page = (ROOT / "docs/semantics.md").read_text()
-    rows = re.findall(r"^\| ▸ (.+? \| E[A-Z]+)\b", page, re.MULTILINE)
+    rows = re.findall(r"^\| ▸ (.+? \| (?:E[A-Z]+\b|.+(?= \|$)))", page, re.MULTILINE)
     sentences = re.findall(r"^[^|\n]*?▸ (.+?)\.$", page, re.MULTILINE)
     assert len(rows) + len(sentences) == page.count("▸") - 1, "a ▸ that is neither a sentence nor a row"
     return [plain(promise) for promise in rows + sentences]
