@@ -243,7 +243,8 @@ def way(request: pytest.FixtureRequest) -> str:
 def writable(
     base: Path, way: str, store: MountPoint, *, environment: Mapping[str, str] | None = None,
     bucket: Path | None = None, name: str = "mnt", writing: WritingSettings | None = None,
-    upload: UploadSettings | None = None, index: IndexSettings | None = None, start: bool = True,
+    upload: UploadSettings | None = None, index: IndexSettings | None = None, allow_other: bool = True,
+    start: bool = True,
 ) -> Iterator[Daemon]:  # fmt: skip
     """`store` mounted read-write at `base/name`, with all that the mount keeps below `base`, in one `way`.
     `bucket` is where its objects lie as files, if they do."""
@@ -260,7 +261,9 @@ def writable(
         writing=replace(writing or WritingSettings(), enabled=True, landing=str(base / "landing")),
         upload=upload or UploadSettings(),
         mount=MountSettings(
-            directory=str(directory), driver="pyfuse3" if way == "pyfuse3" else "native", allow_other=True
+            directory=str(directory),
+            driver="pyfuse3" if way == "pyfuse3" else "native",
+            allow_other=allow_other,
         ),
     )
     one = Daemon(bucket or base, settings, log=base / "daemon.log")
