@@ -607,7 +607,7 @@ class Overlay:
         try:
             if given is not None:
                 self._landing.set_mtime(number, entry.mtime_ns)
-            elif entry.size:
+            else:
                 self.fill(number, entry)
         except BaseException:
             self._landing.discard(number)
@@ -618,7 +618,8 @@ class Overlay:
         """Copy the bytes of `entry` into a landing file. Raises LandingError, SourceError."""
         file = self._landing.open(number, writing=True)
         try:
-            self.copies.bring(entry, file.descriptor)
+            if entry.size:
+                self.copies.bring(entry, file.descriptor)
             os.utime(file.descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -831,12 +832,16 @@ class Overlay:
 
     def _take_off(self, node: Node, op: Op, before: Unchanged) -> None:
         """Nothing was written: it is the clean file that it was before it was opened, in the cache, too."""
+        mtime_ns: int | None = self._landing.stat(node.landing).st_mtime_ns  # as it was landed
+        with suppress(NoSuchPath):
+            if self._index.entry(node.ino).mtime_ns == mtime_ns:
+                mtime_ns = None
+        kept = node.attributes._replace(mtime_ns=mtime_ns)
         with self._given_back(node, before), self.ledger.changing("unchanged") as batch:
             batch.drop_op(op)
             batch.drop_node(node)
-            if node.attributes != _DEFAULT and isinstance(op.expected, Version):
-                token = op.expected.token
-                batch.keep_attributes(node.mount, node.key, token, node.kind, node.attributes)
+            if kept != _DEFAULT and isinstance(op.expected, Version):
+                batch.keep_attributes(node.mount, node.key, op.expected.token, node.kind, kept)
 
     @contextmanager
     def _given_back(self, node: Node, before: Unchanged) -> Iterator[None]:

@@ -74,3 +74,32 @@ def test_a_file_is_written_while_its_copy_is_made(mounted: Mounted) -> None:
     assert op.expected == stored.version
     mounted.drain()
     assert mounted.in_cache(mounted.reader.cache_key(mounted.overlay.resolve("/new"))) == b"second"
+
+
+@pytest.mark.parametrize("data", [b"data", b""])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_file_that_was_opened_and_not_written_keeps_its_time(
+    mounted: Mounted, data: bytes, ours: bool
+) -> None:
+    """Its time here, which the bucket does not have, as well as the bucket's; while it is open, too."""
+    overlay = mounted.overlay
+    if ours:
+        mounted.write("/file", data)
+        overlay.set_attributes(overlay.resolve("/file").ino, mtime_ns=1_234_567_890_123_456_789)
+        mounted.drain()
+    else:
+        mounted.place.bucket.put("file", data)
+        mounted.place.clock.advance(20)
+    before = overlay.resolve("/file").mtime_ns
+    assert (before == 1_234_567_890_123_456_789) == ours
+    for _ in range(2):
+        ino = overlay.land(overlay.resolve("/file").ino).ino
+        file = overlay.open(ino, writing=True)
+        assert overlay.landed(ino)
+        assert overlay.resolve("/file").mtime_ns == before
+        overlay.closed(ino, file)
+        assert not overlay.landed(ino)
+        assert overlay.resolve("/file").mtime_ns == before
+        mounted.place.clock.advance(20)
+        assert mounted.tree()["/file"] == data
+    assert bool(mounted.journal.has_attributes()) == ours

@@ -12,7 +12,7 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,6 +165,7 @@ def machine_of(bench: Bench) -> type[RuleBasedStateMachine]:
                 os.mkdir(top)
             self.open: list[Open] = []
             self.maps: list[tuple[mmap.mmap, mmap.mmap, int]] = []
+            self.times: dict[int, tuple[int, int]] = {}
 
         def teardown(self) -> None:
             self.close_all()
@@ -424,6 +425,7 @@ def machine_of(bench: Bench) -> type[RuleBasedStateMachine]:
             self.check(found.keys() == wanted.keys(), f"{sorted(found)} instead of {sorted(wanted)}")
             for path, one in wanted.items():
                 self.check(found[path] == one, f"{path} is {found[path]!r} instead of {one!r}")
+            self.look_at_times(wanted)
             for file in self.open:
                 if file.writes:
                     here, there = (
@@ -434,6 +436,17 @@ def machine_of(bench: Bench) -> type[RuleBasedStateMachine]:
                     now = self.call(os.pread, file.local, 100_000, 0, there=file.there)
                     if not file.seen or file.seen[-1] != now:
                         file.seen.append(now)
+
+        def look_at_times(self, paths: Iterable[str]) -> None:
+            """A time of a file changes only when it does locally."""
+            before, self.times = self.times, {}
+            for path in paths:
+                local, mounted = os.lstat(f"{self.local}/{path}"), os.lstat(f"{self.mounted}/{path}")
+                if stat.S_ISREG(local.st_mode) and not self.maps:
+                    was = before.get(local.st_ino)
+                    self.times[local.st_ino] = (local.st_mtime_ns, mounted.st_mtime_ns)
+                    if was is not None and was[0] == local.st_mtime_ns:
+                        self.check(was[1] == mounted.st_mtime_ns, f"the time of {path} has changed")
 
     return MountedMachine
 

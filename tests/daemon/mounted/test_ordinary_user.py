@@ -21,7 +21,7 @@ mknod -m 666 "$0" c 10 229
 mount --bind "$0" /dev/fuse
 exec "$@"
 """
-"""/dev/fuse is for all on most machines: here it is, whatever this one says, in a mount name space of its own."""
+"""/dev/fuse is for all on most machines. Here it is, whatever this one says, in a name space of its own."""
 
 
 def as_user() -> list[str]:
