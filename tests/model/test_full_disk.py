@@ -30,7 +30,7 @@ SMALL = 100
 @pytest.fixture
 def place(tmp_path: Path, logs: AnnouncedLogs) -> Iterator[Place]:
     logs.expect("its disk is full")
-    with power.disk(tmp_path, size=96 << 20) as disk:
+    with power.disk(tmp_path, size=96 << 20, block=4096) as disk:
         yield Place(disk.root, MemorySource(), VirtualClock())
 
 

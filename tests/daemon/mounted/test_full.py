@@ -20,7 +20,7 @@ def test_writers_meet_the_end_of_the_disk_and_nothing_is_lost(
 ) -> None:
     """ENOSPC to who writes, nothing is dropped; what was written before, and what fitted of it, is uploaded,
     and then there is room."""
-    with power.disk(tmp_path, size=96 * MiB) as disk:
+    with power.disk(tmp_path, size=96 * MiB, block=4096) as disk:
         writing = WritingSettings(enabled=True, landing=str(disk.root / "landing"))
         one = daemon(mount=MountSettings(), writing=writing)
         mnt = one.directory
