@@ -7,7 +7,6 @@ import errno
 import fcntl
 import mmap
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -18,56 +17,68 @@ from pathlib import Path
 
 import pytest
 
-from datacache.config.settings import MountSettings, WritingSettings
-from datacache.model import KiB, MiB
+from datacache.model import KiB, MiB, MountPoint
 from fuse import mountpoint
-from tests.daemon.mounted.conftest import Daemon, Start, flushed
+from tests.daemon.mounted.conftest import (
+    WAYS,
+    Daemon,
+    check_way,
+    flushed,
+    kill_daemon,
+    start_writable,
+    writable,
+)
 from tests.support.reading import until
 
 OLD = bytes(range(256)) * 300
 """What `old` and `d/inner` hold in the bucket."""
 
 
-WAYS = ("passthrough", "served", "pyfuse3")
+DIRECTORIES = 100
+"""For tests that share a mount: one for each of them, and more."""
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(scope="module", params=WAYS)
 def way(request: pytest.FixtureRequest) -> str:
-    if request.param != "pyfuse3" and not mountpoint.is_native("auto"):
-        pytest.skip("this kernel is older than Linux 6.9, where the native driver begins")
+    """Each test runs in all ways."""
+    check_way(request.param)
     return str(request.param)
 
 
-@pytest.fixture
-def driver(way: str) -> str:
-    return "pyfuse3" if way == "pyfuse3" else "native"
+def fill(directory: Path) -> None:
+    """What a test finds at first."""
+    put(directory / "old", OLD)
+    (directory / "d").mkdir()
+    put(directory / "d" / "inner", OLD)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Path]]:
+    """Directories of one mount, each for a test that needs no mount of its own."""
+    base = tmp_path_factory.mktemp(way)
+    bucket = base / "bucket"
+    for number in range(DIRECTORIES):
+        (bucket / str(number)).mkdir(parents=True)
+        fill(bucket / str(number))
+    with writable(base, way, MountPoint(bucket.as_uri()), bucket=bucket) as one:
+        yield (one.directory / str(number) for number in range(DIRECTORIES))
 
 
 @pytest.fixture
-def one(daemon: Start, bucket: Path, way: str, tmp_path: Path) -> Iterator[Daemon]:
-    """A daemon that is mounted read-write over a bucket with two files in it."""
-    put(bucket / "old", OLD)
-    (bucket / "d").mkdir()
-    put(bucket / "d" / "inner", OLD)
-    writing = WritingSettings(enabled=True, landing=str(tmp_path / "landing"))
-    one = daemon(mount=MountSettings(allow_other=True), writing=writing, start=way != "served")
-    if way != "served":
+def one(way: str, bucket: Path, tmp_path: Path) -> Iterator[Daemon]:
+    """A mount of the test's own: it may be killed."""
+    fill(bucket)
+    with writable(tmp_path, way, MountPoint(bucket.as_uri()), bucket=bucket) as one:
         yield one
-        return
-    # Who may not register files with the kernel has to serve them: the mount is made by us.
-    one.via = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
-    descriptor = mountpoint.mount(str(one.directory), source="test", allow_other=True, writable=True)
-    one.start(descriptor=descriptor)
-    os.close(descriptor)
-    assert one.answer.get("ok"), one.answer
-    yield one
-    mountpoint.unmount(str(one.directory), lazy=True)
 
 
 @pytest.fixture
-def mnt(one: Daemon) -> Path:
-    """Where it is mounted."""
-    return one.directory
+def mnt(request: pytest.FixtureRequest, shared: Iterator[Path]) -> Path:
+    """Where the test works: its own mount, where it has one."""
+    if "one" in request.fixturenames:
+        directory: Path = request.getfixturevalue("one").directory
+        return directory
+    return next(shared)
 
 
 def put(path: Path, data: bytes) -> None:
@@ -467,13 +478,6 @@ def test_programs(mnt: Path) -> None:
 # ---- daemons that die ----------------------------------------------------------------------------
 
 
-def kill(one: Daemon) -> None:
-    """kill -9 of the daemon; its successor serves when this returns."""
-    before = one.status()["pid"]
-    os.kill(before, signal.SIGKILL)
-    until(lambda: (one.status_if_any() or {"pid": before})["pid"] != before)
-
-
 def in_bucket(one: Daemon, name: str, data: bytes) -> bool:
     """Whether the bucket has it. Not through the mount."""
     path = one.bucket / name
@@ -524,7 +528,7 @@ def test_writers_do_not_see_that_the_daemon_was_killed(one: Daemon, mnt: Path, w
         gone.write(b"gone")
         (mnt / "gone").unlink()
         assert reader.read(5) == OLD[:5]
-        kill(one)
+        kill_daemon(one)
         new.write(b"after")
         assert os.pread(new.fileno(), 100, 0) == b"before after"
         assert os.fstat(new.fileno()).st_size == 12
@@ -538,7 +542,7 @@ def test_writers_do_not_see_that_the_daemon_was_killed(one: Daemon, mnt: Path, w
         assert os.pread(gone.fileno(), 10, 0) == b"gone"
         assert not (mnt / "gone").exists()
         assert reader.read(5) == OLD[5:10]
-        kill(one)
+        kill_daemon(one)
         new.write(b"?")
         assert not (one.bucket / "new").exists(), "it is still open"
     until(lambda: in_bucket(one, "old", b"BEFORE" + OLD[6:10]))
@@ -551,7 +555,7 @@ def test_names_that_are_changed_while_daemons_die(one: Daemon, mnt: Path, way: s
     """Each request is answered, and as if it had been done once."""
     if way == "pyfuse3":
         pytest.skip("the portable driver has no successor")
-    deaths = threading.Thread(target=lambda: [kill(one) for _ in range(3)])
+    deaths = threading.Thread(target=lambda: [kill_daemon(one) for _ in range(3)])
     deaths.start()
     rounds = 0
     while deaths.is_alive() or not rounds:
@@ -573,16 +577,14 @@ def test_names_that_are_changed_while_daemons_die(one: Daemon, mnt: Path, way: s
     assert sorted(map(int, set(os.listdir(mnt)) - {"old", "d"})) == list(range(0, rounds, 2))
 
 
-def test_what_was_written_outlives_the_mount(daemon: Start, one: Daemon, mnt: Path, way: str) -> None:
+def test_what_was_written_outlives_the_mount(one: Daemon, mnt: Path, way: str) -> None:
     """What was closed before all processes were killed is shown, and uploaded, by the next mount."""
-    if way == "served":
-        pytest.skip("the mount is not the daemon's")
     put(mnt / "new", b"closed")
     one.kill()
     mountpoint.unmount(str(mnt), lazy=True)
-    two = daemon(mount=one.settings.mount, writing=one.settings.writing)
+    start_writable(one, way)
     assert (mnt / "new").read_bytes() == b"closed"
-    until(lambda: in_bucket(two, "new", b"closed"))
+    until(lambda: in_bucket(one, "new", b"closed"))
 
 
 # ---- the cache -----------------------------------------------------------------------------------
