@@ -278,8 +278,9 @@ class WritableFileSystem(FileSystem):
         try:
             self._overlay.rename(directory, name, to, new_name, replace=not flags & _NOREPLACE)
         except NoSuchPath:
-            if not again or victim is None:
+            if not again:
                 raise
+            self._overlay.lookup(to, new_name)  # it was done; the bucket may have it already
             return
         finally:
             self._changed(directory)

@@ -12,7 +12,15 @@ import pytest
 
 from datacache.cache.memory import MemoryTier
 from datacache.config.settings import Durability, MountSettings, ReadingSettings
-from datacache.errors import LandingBroken, LandingFull, NotEmpty, NotHere, OtherStore, PathExists
+from datacache.errors import (
+    LandingBroken,
+    LandingFull,
+    NoSuchPath,
+    NotEmpty,
+    NotHere,
+    OtherStore,
+    PathExists,
+)
 from datacache.index.index import ROOT
 from datacache.reading.reader import Reader
 from datacache.writing.closing import SOON
@@ -725,6 +733,26 @@ def test_what_was_done_before_is_no_error(it: Life) -> None:
     it.files.rmdir(ROOT, b"dir")
     it.files.rmdir(ROOT, b"dir", again=True)
     assert it.names() == ["d", "link", "old"]
+
+
+@pytest.mark.parametrize("uploaded", [True, False])
+def test_a_rename_that_was_done_before_is_no_error(begin: Maker, uploaded: bool) -> None:
+    """The daemon that did it died before it answered, and the bucket may have it by now. A name that never
+    was is one."""
+    first = begin()
+    first.files.mkdir(ROOT, b"dir", 0o755, 1, 2)
+    _, opened = first.make("new", b"data")
+    first.files.release(opened.handle)
+    first.files.rename(ROOT, b"new", first.node("dir"), b"renamed")
+    if uploaded:
+        first.mounted.drain()
+    first.files.leave()
+    first.close()
+    it = begin()
+    it.files.rename(ROOT, b"new", it.node("dir"), b"renamed", again=True)
+    assert it.content("dir/renamed") == b"data"
+    with pytest.raises(NoSuchPath):
+        it.files.rename(ROOT, b"never", it.node("dir"), b"other", again=True)
 
 
 def test_who_never_comes_back_leaves_nothing_behind(it: Life) -> None:
