@@ -216,6 +216,7 @@ class Store:
         self._used += sum(self._lingering.values())
         self._read_elsewhere: set[bytes] = set()
         self._leases = True
+        self._near: dict[int, bool] = {}  # by device: whether its files can have names here
         self._opened: dict[int, float] = {}
         self._verified: list[tuple[int, int]] = []
         self._unsynced: set[int] = set()
@@ -862,13 +863,15 @@ class Store:
 
     def admit(self, key: CacheKey, descriptor: int) -> bool:
         """Make room for a whole file that is to be taken: `take` it, or give back the room (`refuse`). False
-        where it lies on another file system, has no name any more, or something of `key` is here. Raises
-        TierFull."""
+        where it lies on another file system, has no name any more, or `key` is open here. Raises TierFull."""
         found = os.fstat(descriptor)
         if not found.st_nlink or found.st_size != key.size or not key.size:
             return False
-        if not self._disk.together(descriptor, at=self._at.fd) or self._knows(bytes.fromhex(key.digest)):
-            return False
+        if found.st_dev not in self._near:  # one mount of it is all that files come from
+            self._near[found.st_dev] = self._disk.together(descriptor, at=self._at.fd)
+        with self._lock:
+            if bytes.fromhex(key.digest) in self._entries or not self._near[found.st_dev]:
+                return False
         self._reserve(pages(0, key.size), inodes=0, there=True)
         return True
 
@@ -882,7 +885,9 @@ class Store:
         something of `key` is here by now, or it cannot have another name."""
         digest, used = bytes.fromhex(key.digest), pages(0, key.size)
         with self._stripe(digest):
-            if self._knows(digest):
+            with self._lock:
+                there = digest in self._entries
+            if there or self.catalogue.find(digest) is not None:
                 return False
             with self._lock:
                 entry, self._next_id = self._next_id, self._next_id + 1
@@ -903,12 +908,6 @@ class Store:
                 self._count += 1
                 self._unsynced.add(entry)
         return True
-
-    def _knows(self, digest: bytes) -> bool:
-        with self._lock:
-            if digest in self._entries:
-                return True
-        return self.catalogue.find(digest) is not None
 
     def _link(self, descriptor: int, name: str) -> None:
         with suppress(FileExistsError):

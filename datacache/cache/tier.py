@@ -164,7 +164,7 @@ class Tier(Protocol):
 
     def admit(self, key: CacheKey, descriptor: int) -> Taking | None:
         """Make room for the file that `descriptor` has open, which has all bytes of `key`; `close` what is
-        returned. None: it lies elsewhere, there is no room, or bytes of `key` are here. Never raises."""
+        returned. None: it lies elsewhere, there is no room, or `key` is open here. Never raises."""
 
     def surrender(self, key: CacheKey, at: int, name: str) -> Sequence[Block] | None:
         """Give the cached file of `key` away: it is called `name` in the directory `at` then, nobody has it

@@ -244,7 +244,7 @@ def writable(
     base: Path, way: str, store: MountPoint, *, environment: Mapping[str, str] | None = None,
     bucket: Path | None = None, name: str = "mnt", writing: WritingSettings | None = None,
     upload: UploadSettings | None = None, index: IndexSettings | None = None, allow_other: bool = True,
-    start: bool = True,
+    start: bool = True, tier: TierSettings | None = None,
 ) -> Iterator[Daemon]:  # fmt: skip
     """`store` mounted read-write at `base/name`, with all that the mount keeps below `base`, in one `way`.
     `bucket` is where its objects lie as files, if they do."""
@@ -256,7 +256,7 @@ def writable(
         state=str(base / "state"),
         runtime=str(base / "runtime"),
         environment=environment or {},
-        cache=CacheSettings(tiers=(TierSettings(Medium.SSD, str(base / "cache"), 1024 * MiB),)),
+        cache=CacheSettings(tiers=(tier or TierSettings(Medium.SSD, str(base / "cache"), 1024 * MiB),)),
         index=index or IndexSettings(),
         writing=replace(writing or WritingSettings(), enabled=True, landing=str(base / "landing")),
         upload=upload or UploadSettings(),

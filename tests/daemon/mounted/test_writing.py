@@ -10,14 +10,17 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 
 import pytest
 
-from datacache.model import KiB, MiB, MountPoint
+from datacache.config.settings import TierSettings
+from datacache.model import KiB, Medium, MiB, MountPoint
 from fuse import mountpoint
 from tests.daemon.mounted.conftest import (
     WAYS,
@@ -619,3 +622,49 @@ def test_large_files_go_to_the_cache_and_back_without_a_copy(one: Daemon, mnt: P
     assert (one.bucket / "big").read_bytes() == b"!" + data[1:]
     writing = one.status()["writing"]
     assert (writing["kept_files"], writing["landed_files"], writing["copied_bytes"]) == (2, 1, 0)
+
+
+def test_what_is_passed_through_from_memory_is_one_version(bucket: Path, tmp_path: Path, way: str) -> None:
+    """A file that is cached in memory, and read there by the kernel itself, is written, sent, and written
+    again, while everybody who ever opened it has it open: each reads what he opened, and a writer's bytes are
+    the ones that are sent. Memory has no landing files, so these are copied."""
+    if way != "passthrough":
+        pytest.skip("only there the kernel is given cached files")
+    if not os.path.ismount("/dev/shm"):
+        pytest.skip("/dev/shm is not a tmpfs here")
+    put(bucket / "big", first := os.urandom(3 * MiB))
+    with contextlib.ExitStack() as mounted, contextlib.ExitStack() as opened:
+        memory = mounted.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+        tier, store = TierSettings(Medium.MEM, memory, 256 * MiB), MountPoint(bucket.as_uri())
+        one = mounted.enter_context(writable(tmp_path, way, store, bucket=bucket, tier=tier))
+        path = one.directory / "big"
+
+        def read() -> BufferedReader:
+            file = opened.enter_context(open(path, "rb"))
+            assert file.read(1)
+            return file
+
+        def change(data: bytes) -> None:
+            with open(path, "r+b") as file:
+                file.write(data)
+
+        path.read_bytes()
+        one.wait_until_cached("big", len(first))
+        of_first = read()
+        assert one.status()["mount_files"]["open_passthrough"] == 1
+        change(b"SECOND")
+        of_second = read()
+        flushed(one)
+        again = read()
+        change(b"THIRD!")
+        of_third = read()
+        for file, data in (
+            (of_first, first), (of_second, b"SECOND" + first[6:]), (again, b"SECOND" + first[6:]),
+            (of_third, b"THIRD!" + first[6:]),
+        ):  # fmt: skip
+            file.seek(0)
+            assert file.read() == data
+        flushed(one)
+        assert (bucket / "big").read_bytes() == b"THIRD!" + first[6:]
+        figures = one.status()["writing"]
+        assert (figures["landing_tier"], figures["kept_files"], figures["landed_files"]) == ("", 0, 0)
