@@ -10,6 +10,12 @@ import time
 from typing import Protocol
 
 
+def boot_id() -> str:
+    """Which boot of this machine it is."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
 class Clock(Protocol):
     """Monotonic and wall time in seconds, and waiting."""
 

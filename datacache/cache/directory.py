@@ -14,13 +14,12 @@ import os
 import sqlite3
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, read_owner
 from datacache.cache.store import Entry, Rules, Store
 from datacache.cache.tier import Block, EntryStats, Standing, TierStats
-from datacache.clock import Clock
+from datacache.clock import Clock, boot_id
 from datacache.errors import CacheError, Damaged, TierBroken, TierFull
 from datacache.model import Buffer, ByteRange, CacheKey, format_size
 
@@ -55,7 +54,7 @@ class DirectoryTier:
         """
         self.name, self.path, self.rules = rules.name, path, rules
         self._owner, self._clock, self._disk = owner, clock, disk or Disk()
-        self._boot = boot or Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._boot = boot or boot_id()
         # Guards the next three. Invariant: `_store` is None exactly while the tier is set aside or
         # closed, and no other store of ours is alive then, but for one that is waiting to be dropped
         # by the next `upkeep` (in `_failed`).

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
+from datacache.clock import boot_id
 from datacache.errors import ControlError
 
 SUFFIX = ".json"
@@ -165,8 +166,7 @@ def _born(pid: int) -> str:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The name in parentheses may hold anything; what follows its last ")" is numbers.
             words = file.read().rpartition(b")")[2].split()
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot = file.read().strip()
+        boot = boot_id()
     except (FileNotFoundError, ProcessLookupError):
         return ""
     return "" if words[0] in (b"Z", b"X") else f"{boot}:{words[19].decode()}"

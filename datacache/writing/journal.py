@@ -29,7 +29,7 @@ from datacache.writing.ballast import Ballast
 from datacache.writing.landing import allocate
 from datacache.writing.steps import step
 
-FORMAT = 1
+FORMAT = 2
 """`PRAGMA user_version`; another one is another format (docs/on-disk-format.md)."""
 
 RESERVED = 4 << 20
@@ -51,7 +51,8 @@ CREATE TABLE nodes (
     ino INTEGER PRIMARY KEY, parent INTEGER NOT NULL, name BLOB NOT NULL, kind INTEGER NOT NULL,
     mount INTEGER NOT NULL, key BLOB NOT NULL, generation INTEGER NOT NULL,
     landing INTEGER NOT NULL, origin TEXT, mode INTEGER, uid INTEGER, gid INTEGER, mtime_ns INTEGER,
-    target BLOB, xattrs TEXT NOT NULL, writers INTEGER NOT NULL, orphan INTEGER NOT NULL
+    target BLOB, xattrs TEXT NOT NULL, writers INTEGER NOT NULL, orphan INTEGER NOT NULL,
+    synced INTEGER NOT NULL
 );
 CREATE TABLE hidden (
     parent INTEGER NOT NULL, name BLOB NOT NULL, mount INTEGER NOT NULL, key BLOB NOT NULL,
@@ -107,6 +108,8 @@ class Node(NamedTuple):
     """Opens for writing that were not closed yet."""
     orphan: bool = False
     """Unlinked, and perhaps still open."""
+    synced: bool = False
+    """The bytes of its landing file were on the disk once, and somebody may have been told so."""
 
 
 class OpKind(enum.IntEnum):
@@ -414,6 +417,10 @@ class Change:
         """Keep how many have a node open for writing."""
         self._run("UPDATE nodes SET writers=? WHERE ino=?", (writers, ino))
 
+    def set_synced(self, ino: int) -> None:
+        """Keep that the bytes of a node were on the disk."""
+        self._run("UPDATE nodes SET synced=1 WHERE ino=?", (ino,))
+
     def drop_node(self, ino: int) -> None:
         self._run("DELETE FROM nodes WHERE ino=?", (ino,))
 
@@ -486,7 +493,7 @@ def _is_full(error: Exception) -> bool:
 
 _NODE = (
     "ino, parent, name, kind, mount, key, generation, landing, origin, mode, uid, gid, mtime_ns, target,"
-    " xattrs, writers, orphan"
+    " xattrs, writers, orphan, synced"
 )
 _OP = "seq, id, kind, ino, mount, key, barrier, expected, landing, origin, since, resume"
 
@@ -505,16 +512,17 @@ def _of_node(node: Node) -> tuple[Any, ...]:
     return (
         node.ino, node.parent, node.name, int(node.kind), node.mount, _blob(node.key), node.generation,
         node.landing, _dump_object(node.origin), kept.mode, kept.uid, kept.gid, kept.mtime_ns, kept.target,
-        _dump_xattrs(kept.xattrs), node.writers, int(node.orphan),
+        _dump_xattrs(kept.xattrs), node.writers, int(node.orphan), int(node.synced),
     )  # fmt: skip
 
 
 def _to_node(row: tuple[Any, ...]) -> Node:
     (ino, parent, name, kind, mount, key, generation, landing, origin, mode, uid, gid, mtime_ns, target,
-     xattrs, writers, orphan) = row  # fmt: skip
+     xattrs, writers, orphan, synced) = row  # fmt: skip
     return Node(
         ino, parent, name, Kind(kind), mount, _text(key), generation, landing, _load_object(origin),
         Attributes(mode, uid, gid, mtime_ns, target, _load_xattrs(xattrs)), writers, bool(orphan),
+        bool(synced),
     )  # fmt: skip
 
 

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 EVERY = 1.0
 """Seconds between two looks."""
+SYNCED = 30
+"""Looks after which files that were closed without a sync (`--durability fsync`) are synced: no sooner than
+a disk would do it by itself."""
 BARREN = 30
 """Looks for which no copies are asked to leave after none could."""
 
@@ -79,7 +82,7 @@ class Keeper:
         self._device = os.stat(landing.directory).st_dev
         self.hurrying = False
         """Whether the disk was under pressure at the last look."""
-        self._barren = 0
+        self._barren = self._looks = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -90,6 +93,9 @@ class Keeper:
         """One look. Raises LandingError."""
         if self._overlay.ledger.unnoted:
             self._overlay.note_closes()
+        self._looks += 1
+        if not self._looks % SYNCED:
+            self._overlay.sync_closed()
         now = pressure(self._landing.room(), self._marks, before=self.hurrying)
         if now.hurry != self.hurrying:
             self.hurrying = now.hurry

@@ -296,6 +296,17 @@ class Landing:
         finally:
             file.close()
 
+    def write(self, number: int, data: bytes) -> None:
+        """Make `data` all that a file holds. Raises LandingFull, LandingBroken."""
+        file = self.open(number, writing=True)
+        try:
+            os.ftruncate(file.descriptor, 0)
+            os.pwrite(file.descriptor, data, 0)
+        except OSError as error:
+            raise _broken(self.directory, error) from error
+        finally:
+            file.close()
+
     def set_mtime(self, number: int, mtime_ns: int) -> None:
         """As utimens(2)."""
         try:

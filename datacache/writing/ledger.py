@@ -313,6 +313,12 @@ class Batch:
         self.then(lambda: self._ledger.set_node(new))
         return new
 
+    def set_synced(self, node: Node) -> None:
+        """Its bytes are on the disk."""
+        self._change.set_synced(node.ino)
+        new = node._replace(synced=True)
+        self.then(lambda: self._ledger.set_node(new))
+
     def drop_node(self, node: Node) -> None:
         self._change.drop_node(node.ino)
         self._last.append(lambda: self._ledger.unset_node(node.ino))

@@ -14,7 +14,7 @@ from datacache.cache import limits
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import Owner
 from datacache.cache.tiered import TieredCache
-from datacache.clock import Clock
+from datacache.clock import Clock, boot_id
 from datacache.config.settings import Settings
 from datacache.errors import LandingBroken, Locked, SettingError
 from datacache.index.live import LiveIndex
@@ -152,7 +152,7 @@ def open_writing(
             index, journal, landing, clock=clock, copies=Copies(reader, cache),
             roots=[index.resolve(point.path).ino for point in settings.dataset.mounts],
             accepts=lambda mount, key: sinks[mount].accepts(key),
-            resumed=resumed, leases_tell=leases_tell,
+            resumed=resumed, leases_tell=leases_tell, boot=boot_id(),
         )  # fmt: skip
         built.callback(overlay.close)
         host = socket.gethostname().partition(".")[0]

@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -90,12 +90,14 @@ class Overlay:
         accepts: Callable[[int, str], bool],
         resumed: bool = False,
         leases_tell: bool = False,
+        boot: str = "",
     ) -> None:
         """`accepts`: whether the store of a mount point can have such a key.
 
         `roots`: the `ino` of each mount point, in order.
         `resumed`: an earlier daemon served this mount, so numbers in the journal are in use. `leases_tell`:
-        all writers are the kernel's own (passthrough), so leases tell of those that an earlier daemon had."""
+        all writers are the kernel's own (passthrough), so leases tell of those that an earlier daemon had.
+        `boot`: which boot of the machine it is."""
         self._index, self._landing, self._clock = index, landing, clock
         self.copies, self._roots, self._accepts = copies, tuple(roots), accepts
         self.ledger = Ledger(journal, landing, index)
@@ -111,7 +113,7 @@ class Overlay:
         if resumed and journal.meta().get("index") == index.identity:
             resuming.go_on(self.ledger, index, clock, leases_tell=leases_tell)
         else:
-            resuming.begin_anew(self.ledger, index, clock, self._roots)
+            resuming.begin_anew(self.ledger, index, clock, self._roots, boot=boot)
         self.ledger.tried.update(self.ledger.ops)  # an earlier process may have
         copies.make_own(landing, self.ledger.clean_up())
 
@@ -211,6 +213,8 @@ class Overlay:
         return self._index.stats()
 
     def close(self) -> None:
+        with suppress(LandingError):
+            self.sync_closed(most=len(self.ledger.nodes))
         with suppress(LandingBroken):
             self.ledger.sync()
         self._index.close()
@@ -290,7 +294,7 @@ class Overlay:
         with self._lock:
             mount, key = self._free(parent, name, Kind.SYMLINK)
             landing = self._create()
-            self._write(landing, target)
+            self._landing.write(landing, target)
             node = Node(self._number(), parent, name, Kind.SYMLINK, mount, key, 0)
             kept = Attributes(0o777, uid, gid, self._now_ns(), target)
             node = node._replace(landing=landing, attributes=kept)
@@ -628,15 +632,6 @@ class Overlay:
         finally:
             file.close()
 
-    def _write(self, number: int, data: bytes) -> None:
-        file = self._landing.open(number, writing=True)
-        try:
-            os.pwrite(file.descriptor, data, 0)
-        except OSError as error:
-            raise LandingBroken(f"the landing zone fails: {error.strerror}") from error
-        finally:
-            file.close()
-
     def _landed(self, entry: Entry, number: int, blocks: Sequence[Block], *, truncate: bool) -> bool:
         """Make landing file `number` the content of what was `entry`; whether it still was that."""
         with self._lock:
@@ -772,13 +767,37 @@ class Overlay:
         """Return when its bytes and its name are on the disk."""
         node = self.ledger.nodes.get(ino)
         if node is not None and node.landing:
-            try:
-                self._landing.sync(node.landing)
-            except LandingBroken:
-                if self.ledger.nodes.get(ino) is node:
-                    raise
-                # It was uploaded in this moment: the bucket has it.
+            self._sync_bytes(node)
+            self._note_synced([node])
         self.ledger.sync()  # after the bytes: what the journal names then is there
+
+    def _note_synced(self, nodes: Iterable[Node]) -> None:
+        """The bytes of these are on the disk, and were not known to be."""
+        new = [node for node in nodes if not node.synced]
+        if not new:
+            return
+        with self._lock, self.ledger.changing("synced") as batch:
+            for node in new:
+                now = self.ledger.nodes.get(node.ino)
+                if now is not None and now.landing == node.landing:  # another landing file is another matter
+                    batch.set_synced(now)
+
+    def sync_closed(self, *, most: int = 1000) -> None:
+        """Bring the bytes of up to `most` files that were closed without that to the disk. Raises
+        LandingError."""
+        open_or_known = (n for n in list(self.ledger.nodes.values()) if n.landing and not n.synced)
+        nodes = [node for node in open_or_known if not node.writers][:most]
+        for node in nodes:
+            self._sync_bytes(node)
+        self._note_synced(nodes)
+
+    def _sync_bytes(self, node: Node) -> None:
+        try:
+            self._landing.sync(node.landing)
+        except LandingBroken:
+            if self.ledger.nodes.get(node.ino) is node:
+                raise
+            # It was uploaded in this moment: the bucket has it.
 
     def sync_names(self) -> None:
         """Return when all changes of names so far are on the disk."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from datacache.clock import Clock
+from datacache.index import names
 from datacache.model import Kind, Version
 from datacache.writing.journal import ANYTHING, Node, Op, OpKind
 from datacache.writing.ledger import Batch, Ledger
@@ -123,6 +124,14 @@ class Owing:
             self._uploads.stop_op(op.seq)
         if op.resume:
             self._uploads.forget(op)
+
+
+def beside(name: bytes, *words: str) -> bytes:
+    """A name for what cannot have its own: cut, where it would be too long for a name."""
+    tail = "".join(f".{word}" for word in words if word).encode()
+    if len(name) + len(tail) > names.NAME_MAX:
+        name = name[: names.NAME_MAX - len(tail)].decode(errors="ignore").encode()
+    return name + tail
 
 
 def new_id() -> str:

@@ -12,8 +12,9 @@ from datacache.clock import Clock
 from datacache.index import names
 from datacache.index.live import LiveIndex
 from datacache.model import Kind
-from datacache.writing.journal import Hidden, OpKind
+from datacache.writing.journal import NOTHING, Hidden, Node, OpKind
 from datacache.writing.ledger import Ledger
+from datacache.writing.owing import beside, new_id
 
 _log = logging.getLogger(__name__)
 
@@ -46,13 +47,18 @@ def go_on(ledger: Ledger, index: LiveIndex, clock: Clock, *, leases_tell: bool) 
                     batch.update_op(op._replace(since=clock.wall()))
 
 
-def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[int]) -> None:
+def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[int], *, boot: str) -> None:
     """A fresh mount: nobody has anything open, and numbers mean nothing. What was not closed is due as
-    it is: all of it that was synced is there."""
+    it is: all of it that was synced is there. Of what never was, another `boot` may have left anything: that
+    goes under a name of its own."""
     hidden, ops = ledger.journal.hidden(), ledger.journal.ops()
     nodes = sorted(
         ledger.journal.nodes(), key=lambda node: node.key.count("/") - (node.kind is Kind.DIRECTORY)
     )
+    there = set(ledger.landing.files())
+    aside: dict[int, str] = {}
+    if ledger.journal.meta().get("boot", boot) != boot:
+        nodes, aside = _after_a_power_cut(ledger, nodes, there)
     known: dict[tuple[int, str], int] = {}
     numbers: dict[int, int] = {}
     with index.changing() as changing:
@@ -70,7 +76,6 @@ def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[i
                 at = ino
             return at, names.shown(last)
 
-        there = set(ledger.landing.files())
         for node in nodes:
             if node.orphan:
                 continue
@@ -99,6 +104,38 @@ def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[i
                 change.drop_op(op.seq)  # of what was unlinked, or is not there
                 continue
             new = op._replace(ino=ino, since=op.since or clock.wall())
+            if op.kind is OpKind.PUT and op.ino in aside:
+                new = new._replace(id=new_id(), key=aside[op.ino], expected=NOTHING, resume="")
             change.update_op(new)
             ledger.set_op(new)
         change.set_meta("index", index.identity)
+        change.set_meta("boot", boot)
+
+
+def _after_a_power_cut(
+    ledger: Ledger, nodes: Sequence[Node], there: set[int]
+) -> tuple[list[Node], dict[int, str]]:
+    """What is left of nodes, and the keys of those that are set aside, by number.
+
+    A file system may have the size of a file and not its bytes. Whoever wrote it was never told that they are
+    safe, so the name belongs to what was there before; but the bytes may be all that there is of it.
+    """
+    left: list[Node] = []
+    aside: dict[int, str] = {}
+    for node in nodes:
+        if node.landing in there and node.kind is Kind.SYMLINK:
+            ledger.landing.write(node.landing, node.attributes.target or b"")
+        elif node.landing in there and not node.synced and not node.orphan:
+            if not ledger.landing.stat(node.landing).st_size:
+                _log.warning("%r was being written when the power went, and none of it is there", node.key)
+                continue
+            above, slash, last = node.key.rpartition("/")
+            name = beside(names.to_bytes(last), "unsynced", new_id()[:8])
+            aside[node.ino] = key = above + slash + names.to_text(name)
+            _log.warning(
+                "%r was being written when the power went, and was never synced: what there is of it is %r",
+                node.key, key,
+            )  # fmt: skip
+            node = node._replace(key=key, synced=True)
+        left.append(node)
+    return left, aside

@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from datacache.config.settings import Conflict
-from datacache.errors import LandingBroken, NoSuchPath, Stopped
+from datacache.errors import LandingBroken, NoSuchPath, NotHere, Stopped
 from datacache.index import names
 from datacache.model import Entry, Kind
 from datacache.sources.sink import Stored
@@ -20,7 +20,7 @@ from datacache.writing.copies import Ready
 from datacache.writing.journal import NOTHING, Attributes, Node, Op, OpKind
 from datacache.writing.landing import Quiet
 from datacache.writing.overlay import Overlay
-from datacache.writing.owing import Expected, next_id
+from datacache.writing.owing import Expected, beside, next_id
 from datacache.writing.steps import step
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,10 @@ class Settling:
         return self._ledger.ops.get(seq)
 
     def begin(self, op: Op) -> Op | None:
-        """An operation is about to be done: as it is now; None where that is not to be."""
+        """It is about to be done: as it is now; None where that is not to be. Raises LandingBroken."""
+        if op.kind is OpKind.DELETE:
+            # After a power cut the journal must not say that a file is the object which is deleted now.
+            self._ledger.sync()
         with self._lock:
             now = self._ledger.ops.get(op.seq)
             if now is None or not now.since or now.seq in self._ledger.running:
@@ -318,9 +321,12 @@ class Settling:
     def _set_beside(self, op: Op, found: Stored) -> None:
         """Our version goes under a name of its own, beside the one that somebody else wrote."""
         node = self._ledger.nodes[op.ino]
-        parts = (names.to_text(node.name), "conflict", self._host, op.lineage[:8])
-        name = names.to_bytes(".".join(part for part in parts if part))
-        mount, key = self._overlay.key_for(node.parent, name, node.kind)
+        name = beside(node.name, "conflict", self._host, op.lineage[:8])
+        try:
+            mount, key = self._overlay.key_for(node.parent, name, node.kind)
+        except NotHere as error:
+            self._ledger.parked[op.seq] = f"{op.key!r}: somebody else has changed the object, and {error}"
+            return
         new = node._replace(name=name, key=key)
         with self._ledger.changing("conflict") as batch:
             batch.drop_op(op)

@@ -167,7 +167,8 @@ class Mounted:
         self.copies = _Copies(self.reader, self.cache, worth_giving=1)
         self.overlay = Overlay(
             index, self.journal, self.landing, clock=place.clock, copies=self.copies,
-            roots=[ROOT], resumed=resumed, accepts=lambda mount, key: markers or not key.endswith("/"),
+            roots=[ROOT], resumed=resumed, boot=place.boot,
+            accepts=lambda mount, key: markers or not key.endswith("/"),
         )  # fmt: skip
         self.settling = Settling(self.overlay, conflict=conflict, host="")
 

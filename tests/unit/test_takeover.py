@@ -407,9 +407,10 @@ SCENARIOS = {
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_death_at_any_step_leaves_the_dirty_file_or_the_clean_one(
-    scenario: str, resumed: bool, boot: str
+    scenario: str, resumed: bool, boot: str, logs: AnnouncedLogs
 ) -> None:
     """... never neither, and never a cached file with wrong bytes, whatever is written then."""
+    logs.expect("never synced")
     prepare, allowed = SCENARIOS[scenario]
     place = Place.new(cached=True)
     mounted = Mounted(place)

@@ -1,0 +1,124 @@
+"""What the next process makes of a landing zone after the power went, or only the process."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from datacache.writing.owing import beside
+from tests.conftest import AnnouncedLogs
+from tests.support.overlays import Mounted, Place
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    found = Place.new()
+    found.bucket.put("old", b"as it was")
+    yield found
+    found.remove()
+
+
+def begin(mounted: Mounted, path: str, data: bytes) -> None:
+    """Write to a file, and go on having it open."""
+    parent, name = mounted.at(path)
+    known = mounted.tree()
+    if path in known:
+        ino = mounted.overlay.resolve(path).ino
+        mounted.overlay.land(ino)
+    else:
+        ino = mounted.overlay.create(parent, name, mode=0o644, uid=1, gid=2).ino
+    file = mounted.overlay.open(ino, writing=True)
+    os.pwrite(file.descriptor, data, 0)
+    file.close()
+
+
+def after_a_power_cut(place: Place) -> Mounted:
+    return Mounted(replace(place, boot="the next"))
+
+
+def test_what_was_never_synced_goes_under_a_name_of_its_own(place: Place, logs: AnnouncedLogs) -> None:
+    """What was never synced when the power went is kept as `NAME.unsynced.ID`, and the name is what it was
+    before. Both are sent."""
+    first = Mounted(place)
+    begin(first, "/old", b"AS")
+    begin(first, "/new", b"in part")
+    begin(first, "/empty", b"")
+    first.write("/whole", b"synced, then closed")
+    first.overlay.symlink(*first.at("/link"), b"whole", uid=0, gid=0)
+    first.close()
+    logs.expect("never synced")
+    logs.expect("none of it is there")
+    second = after_a_power_cut(place)
+    try:
+        tree = second.tree()
+        aside = {path.partition(".unsynced.")[0]: data for path, data in tree.items() if ".unsynced." in path}
+        assert aside == {"/old": b"AS it was", "/new": b"in part"}
+        plain = {path: data for path, data in tree.items() if ".unsynced." not in path}
+        assert plain == {"/old": b"as it was", "/whole": b"synced, then closed", "/link": plain["/link"]}
+        second.drain()
+        assert second.tree() == tree
+        keys = {info.key for page in place.bucket.list("", recursive=True) for info in page.objects}
+        assert keys == {path[1:] for path in tree}
+    finally:
+        second.close()
+
+
+def test_what_was_synced_once_keeps_its_name(place: Place) -> None:
+    """Whoever appends to a log was told that its beginning is safe."""
+    first = Mounted(place)
+    begin(first, "/log", b"begin")
+    ino = first.overlay.resolve("/log").ino
+    first.overlay.sync(ino)
+    file = first.overlay.open(ino, writing=True)
+    os.pwrite(file.descriptor, b"begin, and more", 0)
+    file.close()
+    first.close()
+    second = after_a_power_cut(place)
+    try:
+        assert second.tree()["/log"] == b"begin, and more"
+    finally:
+        second.close()
+
+
+def test_a_process_that_dies_takes_no_bytes_with_it(place: Place) -> None:
+    """The pages of a file are the kernel's: after a mere kill all that was written is there."""
+    first = Mounted(place)
+    begin(first, "/old", b"AS")
+    begin(first, "/new", b"in part")
+    first.close()
+    second = Mounted(place)
+    try:
+        assert second.tree() == {"/old": b"AS it was", "/new": b"in part"}
+    finally:
+        second.close()
+
+
+def test_an_end_in_order_syncs_what_was_closed_without_that(place: Place) -> None:
+    """`--durability fsync`: as the keeper of the zone does it now and then."""
+    first = Mounted(place)
+    ino = first.overlay.create(*first.at("/new"), mode=0o644, uid=1, gid=2).ino
+    file = first.overlay.open(ino, writing=True)
+    os.pwrite(file.descriptor, b"whole", 0)
+    first.overlay.closed(ino, file)
+    first.overlay.sync_closed()
+    first.close()
+    second = after_a_power_cut(place)
+    try:
+        assert second.tree()["/new"] == b"whole"
+    finally:
+        second.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        (b"a.bin", b"a.bin.unsynced.12345678"),
+        (b"x" * 255, b"x" * 237 + b".unsynced.12345678"),
+        ("é".encode() * 127, "é".encode() * 118 + b".unsynced.12345678"),
+    ],
+)
+def test_a_name_beside_is_a_name(name: bytes, wanted: bytes) -> None:
+    """It is cut, and no character in half."""
+    assert beside(name, "unsynced", "", "12345678") == wanted
+    assert len(wanted) <= 255
