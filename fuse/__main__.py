@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from datacache.cluster import registry
 from datacache.config.parsing import dump_settings, load_settings
-from datacache.config.settings import IO, Settings
+from datacache.config.settings import IO, Settings, UploadMode
 from datacache.errors import DatacacheError, MountError, NoSuchSnapshot, SettingError
 from datacache.model import Medium, MiB
 from datacache.telemetry import set_up_logging
@@ -362,6 +362,7 @@ def _built(
             files = WritableFileSystem(
                 worker.writing.overlay, worker.reader, settings.mount, tiers=tiers, backings=backings,
                 life=life, durability=settings.writing.durability, counted=not kernel_writes,
+                early=worker.writing.early, stores=settings.upload.mode is UploadMode.SYNC,
             )  # fmt: skip
         built.callback(files.close)
         worker.attach("mount_files", files.stats)

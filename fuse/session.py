@@ -42,6 +42,9 @@ _BLOCK = 4096
 """`st_blksize`. Not the size of our blocks: Python's open() reads in pieces of this, so a large one would
 turn each small random read into a large one."""
 
+LATE = 256
+"""Closes that wait for a store at once at most, in threads of their own, before they take those of others."""
+
 KINDS = 64
 """Opcodes that are counted; there are fewer."""
 
@@ -75,6 +78,7 @@ class Session:
         self._requests = counts if counts is not None else [0] * KINDS
         self._threads = self._idle = 0
         self._under_way: dict[int, int] = {}  # who waits for which request; single looks need no lock
+        self._late: dict[int, int] = {}  # ... for one that is answered later, by another thread
         self._crowded = False  # said already that threads cannot be had
         self._ended = threading.Event()
         self._ending = False  # told to end: what fails from now on is for a successor to answer
@@ -121,7 +125,7 @@ class Session:
 
     def answer(self, request: memoryview) -> None:
         """Answer a request that somebody else has read, and counted."""
-        self._write(request, self._answer(request))
+        self._write(protocol.opcode_of(request), self._answer(request))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Return when the mount is gone, or `end` was called; False when neither within `timeout` seconds."""
@@ -211,13 +215,13 @@ class Session:
                 if not self._idle and self._threads < self._most:
                     self._spawn()
             request = view[:length]
-            self._write(request, self._answer(request))
+            self._write(opcode, self._answer(request))
             with lock:
                 if self._idle >= self._most_idle:
                     return
                 self._idle += 1
 
-    def _write(self, request: memoryview, answer: Answer) -> None:
+    def _write(self, opcode: int, answer: Answer) -> None:
         # What was done after `end` may stand on what was being taken down meanwhile.
         if answer is None or self._ending:
             return
@@ -226,8 +230,7 @@ class Session:
         except OSError as error:
             # ENOENT: whoever asked was killed, or it was sent again and answered by another.
             if error.errno not in _GONE and error.errno != errno.ENOENT:
-                kind = protocol.opcode_name(protocol.opcode_of(request))
-                log.error("answering %s failed: %s", kind, error)
+                log.error("answering %s failed: %s", protocol.opcode_name(opcode), error)
                 self._owe(answer)
 
     def _answer(self, request: memoryview) -> Answer:
@@ -355,7 +358,7 @@ class Session:
     def _interrupt(self, header: Header, body: protocol.InterruptIn) -> Answer:
         """Let go of who is killed while it waits for us: the kernel lets it die with an answer only. Any
         other signal can wait: programs do not expect EINTR of files, and every request is bounded."""
-        asker = self._under_way.get(body.unique, 0)
+        asker = self._under_way.get(body.unique, 0) or self._late.get(body.unique, 0)
         return protocol.error(body.unique, errno.EINTR) if asker and _is_killed(asker) else None
 
     def _ignore(self, header: Header, body: object) -> Answer:
@@ -387,6 +390,7 @@ class WritableSession(Session):
         """As `Session`."""
         super().__init__(files, *args, **more)
         self._writable = files
+        self._may_be_late = threading.BoundedSemaphore(LATE)
         handlers = {code: handler for code, handler in self._handlers.items() if code not in _WRITES}
         # What is not here, but was refused, is ENOSYS: the kernel copies ranges, and makes files without a
         # name, in its own way or not at all.
@@ -508,12 +512,44 @@ class WritableSession(Session):
         return protocol.reply(header.unique, protocol.encode_write_out(count))
 
     def _flush(self, header: Header, body: protocol.FlushIn) -> Answer:
-        self._writable.flush(body.fh, header.node)
-        return protocol.reply(header.unique)
+        return self._stored(header, lambda: self._writable.flush(body.fh, header.node))
 
     def _fsync(self, header: Header, body: object) -> Answer:
-        self._writable.fsync(header.node)
-        return protocol.reply(header.unique)
+        return self._stored(header, lambda: self._writable.fsync(header.node))
+
+    def _stored(self, header: Header, act: Callable[[], None]) -> Answer:
+        """Answer when `act` is done. That may take as long as an upload: then another thread waits, of which
+        there are more than of those that read requests. Who reads them goes on."""
+        if not self._writable.stores or not self._may_be_late.acquire(blocking=False):
+            act()
+            return protocol.reply(header.unique)
+        self._late[header.unique] = header.pid
+        try:
+            threading.Thread(
+                target=self._answer_late, args=(header, act), name="fuse-late", daemon=True
+            ).start()
+        except RuntimeError:  # no room for another
+            self._late.pop(header.unique, None)
+            self._may_be_late.release()
+            act()
+            return protocol.reply(header.unique)
+        return None
+
+    def _answer_late(self, header: Header, act: Callable[[], None]) -> None:
+        try:
+            answer: Answer
+            try:
+                act()
+                answer = protocol.reply(header.unique)
+            except Exception as error:  # noqa: BLE001  whoever asked must be answered; `failed` logs it
+                if self._ending:
+                    return  # what it stood on is being taken down
+                number = self.files.failed(protocol.opcode_name(header.opcode).lower(), error)
+                answer = protocol.error(header.unique, number)
+            self._write(header.opcode, answer)
+        finally:
+            self._late.pop(header.unique, None)
+            self._may_be_late.release()
 
     def _fsyncdir(self, header: Header, body: object) -> Answer:
         self._writable.fsyncdir()

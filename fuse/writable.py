@@ -41,6 +41,7 @@ from datacache.errors import (
 )
 from datacache.index.index import ROOT
 from datacache.model import Buffer, Entry, Kind
+from datacache.writing.early import Early
 from datacache.writing.landing import LandedFile, allocate
 from datacache.writing.overlay import Overlay
 from fuse import nodes
@@ -165,12 +166,16 @@ class WritableFileSystem(FileSystem):
 
     def __init__(
         self, overlay: Overlay, reader: Any, settings: MountSettings, *,
-        durability: Durability = Durability.CLOSE, counted: bool | None = None, **more: Any,
+        durability: Durability = Durability.CLOSE, counted: bool | None = None, early: Early | None = None,
+        stores: bool = False, **more: Any,
     ) -> None:  # fmt: skip
         """`more`: as of `FileSystem`. `counted`: writers of earlier daemons are counted in the journal; None:
-        where nothing can be passed through. Where landing files can be, the kernel is asked who writes."""
+        where nothing can be passed through. Where landing files can be, the kernel is asked who writes.
+        `early` uploads what is still open; `stores`: `flush` and `fsync` wait for the bucket to have it."""
         super().__init__(overlay, reader, settings, **more)
-        self._overlay, self._durability = overlay, durability
+        self._overlay, self._durability, self._early = overlay, durability, early
+        self.stores = stores
+        """Whether `flush` and `fsync` may take as long as an upload."""
         # Where nobody chose, the owner can write: who mounts read-write wants to.
         if settings.file_mode == MountSettings.file_mode:
             self._modes[Kind.FILE] |= stat.S_IWUSR
@@ -517,6 +522,8 @@ class WritableFileSystem(FileSystem):
                     held.passed, number = bound, again
             # Pages stay true where all that is written goes through them: not where the node may be another
             # one after a take-over.
+            if writing and self._early is not None:
+                self._early.opened(held.opened.ino)
             return Opened(self._keep(held), number, flush=writing, keep=self._backings is None)
 
     def _lent(self, held: _File, file: LandedFile) -> int:
@@ -543,6 +550,8 @@ class WritableFileSystem(FileSystem):
             file.close()
         else:
             self._overlay.closed(ino, file)
+            if self._early is not None and file.writing:
+                self._early.closed(ino)
 
     # ---- bytes -------------------------------------------------------------------------------------
 
@@ -596,9 +605,17 @@ class WritableFileSystem(FileSystem):
             self._overlay.closes.announce(file.opened.file)
         if self._durability is Durability.CLOSE:
             self._overlay.sync(nodes.path(node))
+        if self.stores and self._early is not None:
+            self._early.store(nodes.path(node), closing=True)
 
     def fsync(self, node: int) -> None:
-        self._overlay.sync(nodes.path(node))
+        ino = nodes.path(node)
+        self._overlay.sync(ino)
+        if self._early is not None:
+            if self.stores:
+                self._early.store(ino)
+            else:
+                self._early.synced(ino)
 
     def fsyncdir(self) -> None:
         self._overlay.sync_names()

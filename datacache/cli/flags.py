@@ -111,6 +111,11 @@ WRITING = (
     Flag("landing-high", "FRACTION", "of that file system in use at which uploads wait for no delay, and "
          "clean copies on it leave; default 0.92"),
     Flag("landing-low", "FRACTION", "... until so much is in use; default 0.9"),
+    Flag("upload-mode", "MODE", "close(2) and fsync(2) return when the landing zone has what was written "
+         "(async), or when the bucket has (sync); default async"),
+    Flag("upload-timeout", "DURATION", "... fail with EIO after so long; uploads go on; default 10m"),
+    Flag("upload-open-after", "DURATION", "a file that is open for writing for so long (a log) is copied at "
+         "fsync, and the copy uploaded; inf: not before its close; default 5m"),
     Flag("upload-order", "ORDER", "free, or closes: files reach the bucket in the order of their closes; "
          "default free"),
     Flag("upload-delay", "DURATION", "after a close before the upload begins; default 0s"),

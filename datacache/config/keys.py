@@ -23,6 +23,7 @@ from datacache.config.settings import (
     Fill,
     Placement,
     Policy,
+    UploadMode,
     UploadOrder,
 )  # fmt: skip
 from datacache.model import GiB, KiB, Medium, MiB, TiB, parse_duration, parse_size
@@ -259,6 +260,9 @@ KEYS: Mapping[str, Key] = {
         Key("landing-reserve", "writing.reserve", _fraction(0, 0.9)),
         Key("landing-high", "writing.high", _fraction(0.01, 1)),
         Key("landing-low", "writing.low", _fraction(0, 1)),
+        Key("upload-mode", "upload.mode", _choice(UploadMode, UploadMode)),
+        Key("upload-timeout", "upload.timeout", _duration(0.1, 7 * 86400)),
+        Key("upload-open-after", "upload.open_after", _duration(0, INF)),
         Key("upload-order", "upload.order", _choice(UploadOrder, UploadOrder)),
         Key("upload-delay", "upload.delay", _duration(0, 7 * 86400)),
         Key("upload-bandwidth", "upload.bandwidth", _size(0, 1 * TiB)),

@@ -159,6 +159,15 @@ class UploadOrder(enum.StrEnum):
     """That of their closes."""
 
 
+class UploadMode(enum.StrEnum):
+    """What a close waits for."""
+
+    ASYNC = "async"
+    """The landing zone; the bucket has it later."""
+    SYNC = "sync"
+    """The bucket."""
+
+
 class Conflict(enum.StrEnum):
     """What happens to our version of an object that somebody else has changed meanwhile."""
 
@@ -174,6 +183,13 @@ class Conflict(enum.StrEnum):
 class UploadSettings:
     """How what was written reaches the bucket."""
 
+    mode: UploadMode = UploadMode.ASYNC
+    """Whether close and fsync wait until the bucket has what was written."""
+    timeout: float = 600.0
+    """Seconds for which they do at most, for a large file may take long; then they fail with EIO, and uploads
+    go on."""
+    open_after: float = 300.0
+    """Seconds for which a file is open for writing before fsync has it copied and uploaded; inf: never."""
     order: UploadOrder = UploadOrder.FREE
     """In which order files reach the bucket."""
     delay: float = 0.0

@@ -63,6 +63,12 @@ class Room:
         return 1 - self.free / self.total if self.total else 1.0
 
 
+def look_of(found: os.stat_result) -> tuple[int, int, int]:
+    """What any write would change: size, ctime and mtime. Of the two times, that of the change may be one
+    for all that happens within some milliseconds; that of the bytes is the object's until somebody writes."""
+    return found.st_size, found.st_ctime_ns, found.st_mtime_ns
+
+
 class LandedFile:
     """A landing file, open. Its descriptor is valid until `close`; the kernel may be lent it."""
 
@@ -96,7 +102,7 @@ class Quiet:
         """`block`: bytes of the pieces that `blocks` tells the checksums of."""
         self._descriptor, self.leased, self._block = descriptor, leased, block
         found = os.fstat(descriptor)
-        self.size, self.mtime_ns = found.st_size, found.st_mtime_ns
+        self.size, self.mtime_ns, self.look = found.st_size, found.st_mtime_ns, look_of(found)
         self._lock = threading.Lock()  # held while bytes are read: after `stop` none are any more
         self._blocks: dict[
             int, Block
@@ -368,6 +374,10 @@ class Landing:
         with suppress(FileNotFoundError):
             os.unlink(str(number), dir_fd=self._at)
         step("landing.after.discard")
+
+    def failed(self, error: OSError) -> LandingError:
+        """What an error of one of its files means."""
+        return _broken(self.directory, error)
 
     def room(self) -> Room:
         """How full the file system is, the reserve counted as full."""

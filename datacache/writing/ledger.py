@@ -12,11 +12,11 @@ values, and in one batch what adds a name is done before what takes one away.
 """
 
 import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from cachetools import LRUCache
@@ -27,6 +27,7 @@ from datacache.index import names
 from datacache.index.database import Changing
 from datacache.index.live import LiveIndex
 from datacache.model import Entry, Kind
+from datacache.sources.sink import Stored
 from datacache.writing.journal import Attributes, Change, Hidden, Journal, Node, Op, OpKind
 from datacache.writing.landing import Landing, Quiet
 from datacache.writing.rounds import Rounds
@@ -46,15 +47,25 @@ class Unchanged(NamedTuple):
 
     entry: Entry
     look: tuple[int, int, int]
-    """`look_of` the landing file."""
+    """`landing.look_of` the landing file."""
     blocks: Sequence[Block]
     """What is in it, where it was the cached file; else nothing."""
 
-    @staticmethod
-    def look_of(found: os.stat_result) -> tuple[int, int, int]:
-        """What any write would change. Of the two times, that of the change may be the same for all that
-        happens within some milliseconds; that of the bytes is the object's until somebody writes."""
-        return found.st_size, found.st_ctime_ns, found.st_mtime_ns
+
+@dataclass
+class Copied:
+    """What was copied of a file that was open for writing."""
+
+    seq: int
+    """Of the PUT of the copy."""
+    landing: int
+    """The file that it is a copy of."""
+    look: tuple[int, int, int]
+    """`landing.look_of` that."""
+    stored: Stored | None = None
+    """What the bucket has of it, when it has."""
+    refused: bool = False
+    """Somebody else had changed the object."""
 
 
 class Ledger:
@@ -79,7 +90,7 @@ class Ledger:
         self.by_key: dict[tuple[int, str], list[int]] = {}
         """The `seq` of all that reads or changes a key, in order."""
         self.puts: dict[int, int] = {}
-        """`seq` of the PUT of a node."""
+        """`seq` of the PUT of a node: the last, where there is one of a copy."""
         self.deletes: dict[int, set[int]] = {}
         """`seq` of the DELETEs of what a node was called before."""
 
@@ -97,6 +108,8 @@ class Ledger:
         it does. Zero: nobody has it open any more, and that is to be noted."""
         self.unchanged: dict[int, Unchanged] = {}
         """What was landed to be written, as it was then, by node."""
+        self.copies: dict[int, Copied] = {}
+        """What was last copied of files that are open for writing (`early`), by node."""
         self.rowless: set[int] = set()
         """Directories made here that the catalogue knows nothing of below."""
 
@@ -221,6 +234,7 @@ class Ledger:
         self.granted.discard(ino)
         self.rowless.discard(ino)
         self.unchanged.pop(ino, None)
+        self.copies.pop(ino, None)
 
     def set_op(self, op: Op) -> None:
         before = self.ops.get(op.seq)
@@ -234,7 +248,7 @@ class Ledger:
             there.append(op.seq)
             there.sort()
         if op.kind is OpKind.PUT and op.ino:
-            self.puts[op.ino] = op.seq
+            self.puts[op.ino] = max(op.seq, self.puts.get(op.ino, 0))  # a copy of it goes before it (`early`)
         elif op.ino:
             self.deletes.setdefault(op.ino, set()).add(op.seq)
 
@@ -324,9 +338,10 @@ class Batch:
         self._last.append(lambda: self._ledger.unset_node(node.ino))
         self._ledger.dispense_with(node.landing)
 
-    def add_op(self, op: Op) -> None:
+    def add_op(self, op: Op) -> Op:
         added = self._change.add_op(op)
         self.then(lambda: self._ledger.set_op(added))
+        return added
 
     def update_op(self, op: Op) -> None:
         self._change.update_op(op)

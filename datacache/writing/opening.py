@@ -22,6 +22,7 @@ from datacache.model import Dataset, Entry, MountPoint
 from datacache.sources.sink import Sink
 from datacache.writing.ballast import Ballast
 from datacache.writing.copies import Copies, Reader
+from datacache.writing.early import Early
 from datacache.writing.journal import Journal
 from datacache.writing.keeper import Keeper, Watermarks
 from datacache.writing.landing import MANAGED, Landing
@@ -35,11 +36,12 @@ class Writing:
 
     def __init__(
         self, landing: Landing, journal: Journal, overlay: Overlay, settling: Settling, uploader: Uploader,
-        keeper: Keeper, *, beside: str,
+        keeper: Keeper, early: Early, *, beside: str,
     ) -> None:  # fmt: skip
         """`beside`: the tier of the cache on the file system of the landing zone (`tier_beside`)."""
         self.landing, self.journal, self.overlay = landing, journal, overlay
-        self.settling, self.uploader, self.keeper, self._beside = settling, uploader, keeper, beside
+        self.settling, self.uploader, self.keeper = settling, uploader, keeper
+        self.early, self._beside = early, beside
 
     def __repr__(self) -> str:
         return f"<Writing {self.landing.directory}>"
@@ -160,12 +162,15 @@ def open_writing(
         uploader = Uploader(settling, sinks, settings.upload, clock=clock)
         built.callback(uploader.close)
         overlay.owing.attach(uploader)
+        early = Early(
+            overlay, uploader.flush, clock, after=settings.upload.open_after, timeout=settings.upload.timeout
+        )
         marks = Watermarks(settings.writing.high, settings.writing.low)
         keeper = Keeper(landing, journal, overlay, copies=cache, uploads=uploader, marks=marks)
         built.callback(keeper.close)
         keeper.start()
         beside = tier_beside(settings)
-        yield Writing(landing, journal, overlay, settling, uploader, keeper, beside=beside)
+        yield Writing(landing, journal, overlay, settling, uploader, keeper, early, beside=beside)
 
 
 def _check_place(directory: str, uris: Sequence[str]) -> None:

@@ -55,7 +55,7 @@ from datacache.writing.journal import (
     Op,
     OpKind,
 )
-from datacache.writing.landing import LandedFile, Landing, Room, allocate
+from datacache.writing.landing import LandedFile, Landing, Room, allocate, look_of
 from datacache.writing.ledger import Batch, Ledger, Unchanged
 from datacache.writing.owing import Expected, Owing, next_id
 
@@ -571,7 +571,7 @@ class Overlay:
 
         Raises NoSuchPath, IsADirectory, LandingFull, LandingBroken, SourceError.
         """
-        with self._one_lander(ino):
+        with self.one_lander(ino):
             while True:
                 entry = self.entry(ino)
                 if entry.kind is Kind.DIRECTORY:
@@ -668,7 +668,7 @@ class Overlay:
             batch.put_node(node)
             self.owing.owe_put(batch, node, entry.version, due=False)
         if not truncate:
-            look = Unchanged.look_of(self._landing.stat(number))
+            look = look_of(self._landing.stat(number))
             self.ledger.unchanged[ino] = Unchanged(entry, look, blocks)
 
     def open(self, ino: int, *, writing: bool) -> LandedFile:
@@ -845,9 +845,7 @@ class Overlay:
                 batch.add_op(op._replace(seq=0, since=self._clock.wall()))
 
     def _is_unchanged(self, node: Node, before: Unchanged) -> bool:
-        return not self._users[node.ino] and before.look == Unchanged.look_of(
-            self._landing.stat(node.landing)
-        )
+        return not self._users[node.ino] and before.look == look_of(self._landing.stat(node.landing))
 
     def _take_off(self, node: Node, op: Op, before: Unchanged) -> None:
         """Nothing was written: it is the clean file that it was before it was opened, in the cache, too."""
@@ -1042,7 +1040,7 @@ class Overlay:
         return int(self._clock.wall() * 1e9)
 
     @contextmanager
-    def _one_lander(self, ino: int) -> Iterator[None]:
+    def one_lander(self, ino: int) -> Iterator[None]:
         """One at a time brings the bytes of a file; the others find them."""
         with self._lock:
             held = self._landers.setdefault(ino, [threading.Lock(), 0])

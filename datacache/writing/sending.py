@@ -59,6 +59,9 @@ class Work(Protocol):
     def content(self, op: Op) -> Quiet | None:
         """The bytes of a PUT with `landing`, which nobody can write to; None where somebody can, now."""
 
+    def held(self, op: Op, content: Quiet) -> Stored | None:
+        """What the bucket has, where it is known to have `content` already."""
+
     def fetch(self, op: Op) -> Quiet:
         """The bytes of the `origin` of a PUT. Raises SourceError, LandingError."""
 
@@ -135,6 +138,8 @@ class Attempt:
         """What the sink needs to go on."""
         self.fetched = False
         """Whether bytes of an `origin` came through here."""
+        self.sent_before = False
+        """Whether the bucket had it."""
         self.reached = False
         """Whether the store was asked to change anything."""
 
@@ -240,6 +245,10 @@ class Attempt:
             if content is None:
                 return Refused()
             self._hold(content)
+            held = self._work.held(op, content)
+            if held is not None:
+                self.sent_before = True
+                return Settled(held)
         metadata = {**self._work.metadata(op), JOURNAL_ID: op.id}
         expected = wanted(op)
         if self._asked or (self._inherited and self._is_worth_asking(expected)):

@@ -100,6 +100,15 @@ class Settling:
                 self._ledger.running[op.seq] = quiet
             return quiet
 
+    def held(self, op: Op, content: Quiet) -> Stored | None:
+        """What the bucket has, where it is known to have `content` already: it was copied while it was
+        open, and has not been written since."""
+        copied = self._ledger.copies.get(op.ino)
+        if copied is None or copied.stored is None or not content.leased:
+            return None
+        same = (copied.landing, copied.look) == (op.landing, content.look)
+        return copied.stored if same and op.expected == copied.stored.info.version else None
+
     def fetch(self, op: Op) -> Quiet:
         """The bytes of a PUT whose object stands under another key, in a landing file of its own."""
         assert op.origin is not None
@@ -169,6 +178,9 @@ class Settling:
             else:
                 with self._ledger.changing("detached") as batch:
                     self._owing.done(batch, now, there)
+                copied = self._ledger.copies.get(now.ino)
+                if copied is not None and copied.seq == now.seq:
+                    copied.stored = stored
 
     def stopped(self, op: Op) -> None:
         """It was given up, or failed; it stays pending, unless nobody needs it any more."""
@@ -185,6 +197,14 @@ class Settling:
         with self._lock:
             now = self._ended(op)
             if now is None:
+                return
+            copied = self._ledger.copies.get(now.ino)
+            if copied is not None and copied.seq == now.seq:
+                # Of a file that is open: what becomes of it is decided at its close, which meets theirs, too.
+                copied.refused = True
+                with self._ledger.changing("refused") as batch:
+                    self._owing.done(batch, now, now.expected)
+                self._owing.forget(now)
                 return
             self._conflicts += 1
             there: Expected = NOTHING if found is None else found.info.version
@@ -232,7 +252,7 @@ class Settling:
     def _keep(self, op: Op, stored: Stored, content: Quiet) -> Ready | None:
         """Have in the cache what the bucket has now."""
         node, info = self._ledger.nodes.get(op.ino), stored.info
-        if node is None or node.kind is not Kind.FILE:
+        if node is None or node.kind is not Kind.FILE or node.landing != op.landing:
             return None
         entry = Entry(
             op.ino, node.parent, node.name, Kind.FILE, info.size, info.mtime_ns, op.mount, op.key,

@@ -141,6 +141,11 @@ class Flushed:
     def __bool__(self) -> bool:
         return self.complete
 
+    @property
+    def reasons(self) -> str:
+        """Why, in words."""
+        return "; ".join(dict.fromkeys(waiting.why for waiting in self.left)) or "the uploads have ended"
+
 
 @dataclass
 class _Trouble:
@@ -738,6 +743,8 @@ class Uploader:
 
     def _count(self, attempt: Attempt, outcome: Outcome | None) -> None:
         match outcome:
+            case Settled() if attempt.sent_before:
+                pass
             case Settled(stored) if stored is not None:
                 if _what(attempt.op) == "copy" and not attempt.fetched:
                     self._copies += 1

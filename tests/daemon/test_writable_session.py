@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,7 @@ import pytest
 
 from datacache.cache.memory import MemoryTier
 from datacache.config.settings import MountSettings, ReadingSettings
+from datacache.errors import Unavailable
 from datacache.model import MiB
 from datacache.reading.reader import Reader
 from fuse import protocol
@@ -55,6 +57,7 @@ from fuse.protocol import (
 )
 from fuse.session import WritableSession
 from fuse.writable import WritableFileSystem
+from tests.conftest import AnnouncedLogs
 from tests.daemon.test_writable import OLD, Registrar
 from tests.support.overlays import Mounted, Place
 from tests.support.reading import until
@@ -307,3 +310,48 @@ def test_what_the_kernel_does_by_itself_or_nobody_does(
 ) -> None:
     """ENOSYS has it fall back, and not ask again."""
     assert it.ask(opcode, body).error == number
+
+
+class Waiting:
+    """Stands for `early.Early`: what it is asked for waits until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.asked: list[tuple[int, bool]] = []
+        self.error: Exception | None = None
+
+    def opened(self, ino: int) -> None: ...
+    def closed(self, ino: int) -> None: ...
+    def synced(self, ino: int) -> None: ...
+
+    def store(self, ino: int, *, closing: bool = False) -> None:
+        self.asked.append((ino, closing))
+        assert self.go_on.wait(PATIENCE)
+        if self.error is not None:
+            raise self.error
+
+
+def test_closes_that_wait_for_the_store_are_in_nobody_s_way(it: Kernel, logs: AnnouncedLogs) -> None:
+    """More of them than there are threads for requests; each is answered when it is done, with what came of
+    it."""
+    waiting = Waiting()
+    it.files._early = waiting  # type: ignore[assignment]
+    it.files.stores = True
+    made = it.create(b"a")
+    assert it.write(made, b"x") == 1
+    uniques = [next(it.uniques) for _ in range(8)]
+    for n, unique in enumerate(uniques):
+        body, code = (
+            (FlushIn(made.open.fh, 0), Opcode.FLUSH) if n % 2 else (FsyncIn(made.open.fh, 0), Opcode.FSYNC)
+        )
+        it.end.send(protocol.encode_request(code, body, unique=unique, node=made.entry.node, uid=5, gid=6))
+    until(lambda: len(waiting.asked) == 8)
+    assert sorted(closing for _, closing in waiting.asked) == [False] * 4 + [True] * 4
+    it.data(Opcode.GETATTR, GetattrIn(0, 0), node=made.entry.node)
+    waiting.go_on.set()
+    found = [protocol.decode_reply(it.end.recv(2 * MiB)) for _ in uniques]
+    assert {one.unique: one.error for one in found} == dict.fromkeys(uniques, 0)
+    logs.expect("no route")
+    waiting.error = Unavailable("no route")
+    assert it.ask(Opcode.FLUSH, FlushIn(made.open.fh, 0), node=made.entry.node).error == errno.EIO
+    it.data(Opcode.RELEASE, ReleaseIn(made.open.fh, 0, 0, 0), node=made.entry.node)

@@ -270,6 +270,9 @@ class FakeWork:
             self.running[op.seq] = content = Landed(self.landed[op.landing])
             return content
 
+    def held(self, op: Op, content: Landed) -> Stored | None:
+        return None
+
     def fetch(self, op: Op) -> Landed:
         assert op.origin is not None
         return Landed(self.read(op.origin))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from datacache.config.settings import TierSettings
+from datacache.config.settings import TierSettings, UploadMode, UploadSettings
 from datacache.model import KiB, Medium, MiB, MountPoint
 from fuse import mountpoint
 from tests.daemon.mounted.conftest import (
@@ -504,6 +504,40 @@ def test_what_is_closed_reaches_the_bucket(one: Daemon, mnt: Path) -> None:
     until(lambda: in_bucket(one, "open", b"half and half"))
     assert (mnt / "open").read_bytes() == b"half and half"
     assert (mnt / "new").read_bytes() == b"new"
+
+
+def test_a_close_waits_for_the_bucket_where_that_is_asked_for(tmp_path: Path, bucket: Path, way: str) -> None:
+    """--upload-mode sync: when close, or fsync, has returned, the bucket has it; one that fails is an
+    error of the close, and has it later."""
+    upload = UploadSettings(mode=UploadMode.SYNC, timeout=1.0)
+    store = MountPoint(bucket.as_uri())
+    with writable(tmp_path, way, store, bucket=bucket, upload=upload) as one:
+        mnt = one.directory
+        for n in range(5):
+            put(mnt / f"f{n}", b"%d" % n)
+            assert in_bucket(one, f"f{n}", b"%d" % n)
+        with open(mnt / "log", "ab", buffering=0) as file:
+            for n in range(3):
+                file.write(b"line\n")
+                os.fsync(file.fileno())
+                assert in_bucket(one, "log", b"line\n" * (n + 1))
+        for n in range(3):
+            put(mnt / "tmp", b"save %d" % n)
+            os.rename(mnt / "tmp", mnt / "doc")
+        assert one.control().flush("/", timeout=10)["clean"]
+        assert in_bucket(one, "doc", b"save 2")
+        status = one.status()["writing"]
+        assert (status["dirty_files"], status["uploads"]["conflicts"]) == (0, 0)
+        bucket.rename(tmp_path / "away")
+        bucket.write_bytes(b"no directory")
+        file = open(mnt / "late", "wb", buffering=0)  # noqa: SIM115  its close is to fail
+        file.write(b"late")
+        with pytest.raises(OSError, match="Input/output error"):
+            file.close()
+        bucket.unlink()
+        (tmp_path / "away").rename(bucket)
+        until(lambda: one.control().flush("/", timeout=10)["clean"], 90)
+        assert in_bucket(one, "late", b"late")
 
 
 def test_who_flushes_after_a_close_means_that_file(one: Daemon, mnt: Path) -> None:
