@@ -185,6 +185,27 @@ def test_what_changes_while_it_is_copied_is_copied_at_the_next_fsync(
     assert it.uploader.flush() and not it.landing_files()
 
 
+def test_a_page_that_was_written_through_a_mapping_before_is_noticed_again(
+    it: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write to a page need not ask for it a second time, unless it was synced."""
+    ino, file = it.open("/log")
+    os.pwrite(file.descriptor, bytes(8192), 0)
+    mapping = mmap.mmap(file.descriptor, 8192)
+    mapping[5000] = 1
+    copy = module.copy
+
+    def copied(source: int, target: int, size: int) -> None:
+        copy(source, target, size)
+        mapping[5000] = 2
+
+    monkeypatch.setattr(module, "copy", copied)
+    with pytest.raises(module._Busy):
+        copy_landed(it.mounted.landing, file.landing)
+    mapping.close()
+    it.close(ino, file)
+
+
 def test_a_copy_that_waits_is_replaced_by_the_next(it: Log, logs: AnnouncedLogs) -> None:
     """While the store is away there is one, of what the file held last; it is not made before the last one is
     gone, but by who waits for the bucket."""
