@@ -13,6 +13,7 @@ process and not to the data set: HOME, the proxies, and AWS_* names of `credenti
 and nested profiles. Next: `datacache.sources.s3` puts this and obstore together.
 """
 
+import hmac
 import logging
 import socket
 import threading
@@ -24,6 +25,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
+from hashlib import sha256
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
@@ -32,8 +34,7 @@ import botocore.handlers
 import botocore.parsers
 import botocore.session
 from botocore import UNSIGNED
-from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSPreparedRequest, AWSRequest
+from botocore.awsrequest import AWSPreparedRequest
 from botocore.config import Config
 from botocore.configprovider import ConfigChainFactory, ConfiguredEndpointProvider
 from botocore.credentials import (
@@ -760,8 +761,9 @@ class S3Client:
 
 
 class _SmallPuts:
-    """`put_object` of a client, for small objects by a shorter way: botocore's signer and its connections,
-    without the marshalling, validation and events between them, which take five times as long.
+    """`put_object` of a client, for small objects by a shorter way: signed here (Signature Version 4), and sent
+    on botocore's connections, without the marshalling, validation and events before that, which take twice as
+    long as all of it.
 
     What a request has to look like is read off a URL that botocore makes. Where it would look otherwise
     (another way of signing, a redirect to another region), botocore makes it.
@@ -783,7 +785,7 @@ class _SmallPuts:
         self._credentials, self._drop_bucket = credentials, drop_bucket
         self._parser = botocore.parsers.create_parser("rest-xml")
         self._shape = client.meta.service_model.operation_model("PutObject").output_shape
-        self._form: tuple[str, str] | None = None  # URL without the key, and region; found by the first put
+        self._form: _Form | None = None  # found by the first put
         self._passable = True
 
     def __call__(self, **arguments: Any) -> dict[str, Any]:
@@ -795,20 +797,15 @@ class _SmallPuts:
             self._passable = False
             return self._asked(arguments)
         assert self._form is not None
-        url, region = self._form
+        url = self._form.url + quote(key, safe="/~")
         headers = {self._HEADERS[name]: value for name, value in more.items()}
         headers |= {f"x-amz-meta-{name}": value for name, value in arguments.get("Metadata", {}).items()}
-        headers["User-Agent"] = self._client.meta.config.user_agent
-        request = AWSRequest("PUT", url + quote(key, safe="/~"), data=body, headers=headers)
-        request.context["has_streaming_input"] = True  # TLS and the MD5 prove the body: it need not be signed
-        keys = self._credentials.get()
-        signer = S3SigV4Auth(
-            ReadOnlyCredentials(keys.access_key, keys.secret_key, keys.token or None), "s3", region
-        )
-        signer.add_auth(request)
-        signed = {**dict(request.headers.items()), "Content-Length": str(len(body))}
+        # TLS and the MD5 prove the body, as botocore has it; without TLS it is signed, too.
+        proof = "UNSIGNED-PAYLOAD" if url.startswith("https:") else sha256(body).hexdigest()
+        headers = _signed(url, self._form, headers, proof, self._credentials.get(), time.time())
+        headers |= {"Content-Length": str(len(body)), "User-Agent": self._client.meta.config.user_agent}
         answer = self._client._endpoint.http_session.send(
-            AWSPreparedRequest("PUT", request.url, signed, body, False)
+            AWSPreparedRequest("PUT", url, headers, body, False)
         )
         if answer.status_code >= 300:
             said = {"status_code": answer.status_code, "headers": answer.headers, "body": answer.content}
@@ -843,8 +840,44 @@ class _SmallPuts:
             return False
         if not url.endswith("/k"):
             return False
-        self._form = url.removesuffix("k"), scope[-3]
+        host = urlsplit(url).netloc.removesuffix(":443" if url.startswith("https:") else ":80")
+        self._form = _Form(url.removesuffix("k"), host, scope[-3])
         return True
+
+
+class _Form(NamedTuple):
+    """What the requests of a client have in common."""
+
+    url: str
+    """Without the key."""
+    host: str
+    region: str
+
+
+def _signed(
+    url: str, form: _Form, headers: Mapping[str, str], proof: str, keys: Keys, now: float
+) -> dict[str, str]:
+    """The headers of a PUT with what signs all of them; `proof` stands for the body."""
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+    scope = f"{moment[:8]}/{form.region}/s3/aws4_request"
+    added = {"X-Amz-Date": moment, "X-Amz-Content-SHA256": proof}
+    if keys.token:
+        added["X-Amz-Security-Token"] = keys.token
+    signed = sorted(
+        [("host", form.host), *((name.lower(), value) for name, value in (*headers.items(), *added.items()))]
+    )
+    names = ";".join(name for name, _ in signed)
+    listed = "".join(f"{name}:{' '.join(value.split())}\n" for name, value in signed)
+    request = f"PUT\n{urlsplit(url).path}\n\n{listed}\n{names}\n{proof}"
+    secret = f"AWS4{keys.secret_key}".encode()
+    for part in scope.split("/"):
+        secret = hmac.digest(secret, part.encode(), "sha256")
+    text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{sha256(request.encode()).hexdigest()}"
+    signature = hmac.digest(secret, text.encode(), "sha256").hex()
+    added["Authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={keys.access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
+    )
+    return {**headers, **added}
 
 
 class _Connections:

@@ -1,17 +1,23 @@
 """What S3's sink asks a store for, and what becomes of answers that go wrong: against a scripted server."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import pytest
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import ReadOnlyCredentials
 
 from datacache.clock import SystemClock, VirtualClock
 from datacache.config.settings import SourceSettings, UploadSettings
 from datacache.errors import Denied, SourceError, Unavailable, VersionChanged, WrongBytes
 from datacache.model import MiB
+from datacache.sources import aws
 from datacache.sources.aws import Bucket, find_bucket
+from datacache.sources.keyfile import Keys
 from datacache.sources.memory import MemorySource
 from datacache.sources.s3upload import S3Sink
 from datacache.sources.sink import ANYTHING, DIGEST, NOTHING
@@ -91,6 +97,23 @@ def test_a_small_object_is_asked_for_as_botocore_does(style: str, token: str) ->
         return [scope[1], *sorted(set(scope[2].split(";")) - botocore_s)]
 
     assert signed(short) == signed(long)
+
+
+@pytest.mark.parametrize("token", ["", "a token"])
+def test_a_signature_is_botocore_s(token: str) -> None:
+    """Of the same request, at the same moment."""
+    url, keys = "http://127.0.0.1:7070/bucket/a%20key", Keys("A", "S", token)
+    form = aws._Form("http://127.0.0.1:7070/bucket/", "127.0.0.1:7070", "eu-west-3")
+    given = {"Content-MD5": "eA==", "x-amz-meta-n": "1  2", "If-None-Match": "*"}
+    body = b"abc"
+    ours = aws._signed(url, form, given, hashlib.sha256(body).hexdigest(), keys, 1_700_000_000.0)
+    request = AWSRequest("PUT", url, data=body, headers=given)
+    signer = S3SigV4Auth(ReadOnlyCredentials("A", "S", token or None), "s3", "eu-west-3")
+    request.context["timestamp"] = ours["X-Amz-Date"]
+    signer._modify_request_before_signing(request)
+    text = signer.string_to_sign(request, signer.canonical_request(request))
+    signer._inject_signature_to_request(request, signer.signature(text, request))
+    assert dict(request.headers.items()) == ours
 
 
 def test_a_bucket_of_another_region_is_found_as_botocore_finds_it() -> None:
