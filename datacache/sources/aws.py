@@ -761,9 +761,9 @@ class S3Client:
 
 
 class _SmallPuts:
-    """`put_object` of a client, for small objects by a shorter way: signed here (Signature Version 4), and sent
-    on botocore's connections, without the marshalling, validation and events before that, which take twice as
-    long as all of it.
+    """`put_object` of a client, for small objects by a shorter way: signed here (Signature Version 4), and
+    sent on botocore's connections, without the marshalling, validation and events before that, which take
+    twice as long as all of it.
 
     What a request has to look like is read off a URL that botocore makes. Where it would look otherwise
     (another way of signing, a redirect to another region), botocore makes it.
