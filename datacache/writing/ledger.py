@@ -176,6 +176,12 @@ class Ledger:
         self.landing.sync_names()
         self.journal.sync()
 
+    def discard(self, landing: int) -> None:
+        """Remove a landing file, unless something has it by now: what fails may have been noted before."""
+        with self.lock:
+            if not self._named[landing]:
+                self.landing.discard(landing)
+
     def tidy(self) -> None:
         """Remove landing files that nobody names any more. Raises LandingBroken."""
         if self._dispensable:

@@ -587,10 +587,10 @@ class Overlay:
                 try:
                     if self._landed(entry, number, blocks, truncate=truncate):
                         return self.entry(ino)
-                except BaseException:
-                    self._landing.discard(number)
+                except Exception:
+                    self.ledger.discard(number)
                     raise
-                self._landing.discard(number)  # it became another meanwhile
+                self.ledger.discard(number)  # it became another meanwhile
 
     def _create(self) -> int:
         """A new landing file. What is to be removed is removed first, where there is no room."""
@@ -613,7 +613,7 @@ class Overlay:
                 self._landing.set_mtime(number, entry.mtime_ns)
             else:
                 self.fill(number, entry)
-        except BaseException:
+        except Exception:
             self._landing.discard(number)
             raise
         return number, blocks

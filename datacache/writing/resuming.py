@@ -37,14 +37,15 @@ def go_on(ledger: Ledger, index: LiveIndex, clock: Clock, *, leases_tell: bool) 
             else:
                 own = names.to_bytes(node.key)
                 changing.place(node.ino, node.parent, node.name, node.mount, own)
-    if leases_tell:
-        with ledger.changing("resume") as batch:
-            for node in nodes:
-                if node.writers:
-                    batch.set_writers(node, 0)
-            for op in ledger.ops.values():
-                if not op.since:
-                    batch.update_op(op._replace(since=clock.wall()))
+    open_now = {node.ino for node in nodes if node.writers and not leases_tell}
+    with ledger.changing("resume") as batch:
+        for node in nodes:
+            if node.writers and leases_tell:
+                batch.set_writers(node, 0)
+        for op in ledger.ops.values():
+            # What nobody has open was landed for an open that may never come: no close makes it due.
+            if not op.since and op.ino not in open_now:
+                batch.update_op(op._replace(since=clock.wall()))
 
 
 def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[int], *, boot: str) -> None:

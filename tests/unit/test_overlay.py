@@ -103,3 +103,17 @@ def test_a_file_that_was_opened_and_not_written_keeps_its_time(
         mounted.place.clock.advance(20)
         assert mounted.tree()["/file"] == data
     assert bool(mounted.journal.has_attributes()) == ours
+
+
+def test_what_was_landed_for_an_open_that_never_came_is_sent_by_the_next_daemon(mounted: Mounted) -> None:
+    """Who opened it may have died with the daemon that emptied it: no close tells of it."""
+    ino = mounted.overlay.resolve("/a").ino
+    mounted.overlay.land(ino, truncate=True)
+    mounted.close()
+    after = Mounted(mounted.place, resumed=True)
+    try:
+        after.drain()
+        assert after.read("/a") == b"" and not after.settling.ops()
+        assert after.place.bucket.stat("a").size == 0
+    finally:
+        after.close()
