@@ -80,7 +80,9 @@ class Session:
         self._under_way: dict[int, int] = {}  # who waits for which request; single looks need no lock
         self._late: dict[int, int] = {}  # ... for one that is answered later, by another thread
         self._crowded = False  # said already that threads cannot be had
-        self._ended = threading.Event()
+        # Not an event: who is told to end is told by a signal handler, perhaps in the middle of its wait, and
+        # an event would have it wait for itself.
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._ending = False  # told to end: what fails from now on is for a successor to answer
         # Nothing is written, so there is nothing to FLUSH: not even once, to be told ENOSYS.
         self._open_flags = int(OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH)
@@ -129,7 +131,12 @@ class Session:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Return when the mount is gone, or `end` was called; False when neither within `timeout` seconds."""
-        return self._ended.wait(timeout)
+        try:
+            self._ended.get(timeout=timeout)
+        except queue.Empty:
+            return False
+        self._ended.put(None)  # for who waits next
+        return True
 
     def end(self) -> None:
         """Answer nothing more: what is unanswered is for a successor. Called by a signal handler."""
@@ -137,7 +144,7 @@ class Session:
         self._over()
 
     def _over(self) -> None:
-        self._ended.set()
+        self._ended.put(None)
         self._notices.put(None)
 
     @property

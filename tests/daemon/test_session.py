@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -711,3 +712,32 @@ def test_a_fuzzed_peer_neither_crashes_nor_blocks_the_session(
     unexpected = {m for m in logs.messages() if "unexpectedly" in m}
     assert not unexpected, [record.exc_info for record in logs.seen if record.exc_info]
     assert it.lookup("d/b").attr.size == len(OBJECTS["d/b"])
+
+
+def test_a_signal_ends_the_wait_whenever_it_comes(make: Maker) -> None:
+    """A handler runs between any two steps of who waits, in the same thread: it must not wait for itself."""
+    for moment in range(30):
+        session = make(start=False).session
+        steps = 0
+
+        def trace(*_: object, at: int = moment, session: Session = session) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == at + 1:
+                session.end()
+            return trace
+
+        def wait(trace: Any = trace, session: Session = session) -> None:
+            sys.settrace(trace)
+            try:
+                session.wait()
+            finally:
+                sys.settrace(None)
+
+        waiter = threading.Thread(target=wait, daemon=True)
+        waiter.start()
+        waiter.join(0.05)
+        if steps <= moment:
+            session.end()  # while it waits
+        waiter.join(PATIENCE)
+        assert not waiter.is_alive(), f"a signal after {moment} steps"
