@@ -162,7 +162,7 @@ class Case:
             try:
                 step.work(one.directory)
             except OSError as error:
-                # ESTALE: it was told to look again by the daemon that died, and by the next one (docs/limits.md).
+                # ESTALE: told to look again by the daemon that died, and by the next one (docs/limits.md).
                 if error.errno != errno.ESTALE:
                     assert error.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV), error
                     self.remount(one)

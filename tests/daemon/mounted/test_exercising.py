@@ -71,8 +71,8 @@ def fio(directory: Path, *, size: str, seconds: int, jobs: int) -> None:
         done = subprocess.run(
             [
                 "fio", f"--name={name}", f"--directory={directory}", f"--size={size}", f"--numjobs={jobs}",
-                "--verify=crc32c", "--verify_state_save=0", "--do_verify=1", "--verify_fatal=1", "--fallocate=none",
-                "--group_reporting", f"--randseed={SEED}", *more, f"--runtime={seconds}",
+                "--verify=crc32c", "--verify_state_save=0", "--do_verify=1", "--verify_fatal=1",
+                "--fallocate=none", "--group_reporting", f"--randseed={SEED}", *more, f"--runtime={seconds}",
             ],
             capture_output=True, text=True, timeout=seconds * 10 + 60,
         )  # fmt: skip
