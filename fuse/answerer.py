@@ -160,11 +160,15 @@ class Answerers:
         os.write(self._stopping, b"x")
         self._watcher.join()
         for child in self._children:
+            # As long as our thread waits for it, a socket that is only closed is open for the other side.
+            with contextlib.suppress(OSError):
+                child.ours.shutdown(socket.SHUT_RDWR)
             child.ours.close()
         for child in self._children:
             try:
                 child.process.wait(5)
             except subprocess.TimeoutExpired:
+                log.warning("answering process %d did not end, and was killed", child.process.pid)
                 child.process.kill()
                 child.process.wait()
             self._drop(child)

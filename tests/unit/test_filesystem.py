@@ -234,13 +234,16 @@ class Slow(AsyncFileSystem):
     """An asynchronous file system that never answers."""
 
     cachable = False
-    cancelled = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cancelled = threading.Event()
 
     async def _info(self, path: str, **_: Any) -> dict[str, Any]:
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            self.cancelled = True
+            self.cancelled.set()
             raise
         raise AssertionError
 
@@ -251,10 +254,7 @@ def test_an_asynchronous_call_that_hangs_is_cancelled() -> None:
     source = FsspecSource("slow://x", settings=QUICK, filesystem=files)
     with pytest.raises(Unavailable, match="no answer"):
         source.stat("k")
-    done = threading.Event()
-    files.loop.call_soon_threadsafe(done.set)
-    assert done.wait(10)
-    assert files.cancelled
+    assert files.cancelled.wait(10)
 
 
 class Oss2Error(Exception):

@@ -5,6 +5,7 @@ import random
 import select
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -41,14 +42,16 @@ def contents(bucket: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def mounted(daemon: Start, contents: dict[str, bytes]) -> Daemon:
-    """A mount of the snapshot by three processes."""
+def mounted(daemon: Start, contents: dict[str, bytes]) -> Iterator[Daemon]:
+    """A mount of the snapshot by three processes, which all end when they are told to."""
     one = daemon(mount=PROCESSES, index=IndexSettings(snapshot="one"), io=IO.PAGECACHE, start=False)
     with opened_sources(one.settings, clock=SystemClock()) as (dataset, sources, _):
         create_snapshot(dataset, sources, state=one.settings.state, name="one", clock=SystemClock())
     one.start()
     assert one.answer.get("ok"), one.log.read_text()
-    return one
+    yield one
+    one.stop()
+    assert "did not end" not in one.log.read_text()
 
 
 def read_all(one: Daemon, contents: dict[str, bytes], seed: int) -> None:
