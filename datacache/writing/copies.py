@@ -21,7 +21,7 @@ from typing import Protocol
 
 from datacache.cache.tier import Block, Lent, Taking, Tier
 from datacache.errors import CacheError, Stopped
-from datacache.model import Buffer, CacheKey, Entry, MiB
+from datacache.model import Buffer, CacheKey, Entry, Kind, MiB
 from datacache.writing.landing import Landing, Quiet, copy, write_all
 from datacache.writing.steps import step
 
@@ -114,6 +114,12 @@ class Copies:
             self._stats = replace(
                 self._stats, **{name: getattr(self._stats, name) + value for name, value in more.items()}
             )
+
+    def outdate(self, entry: Entry) -> None:
+        """Nobody will open this version any more: its copy may leave the cache before all others."""
+        if entry.kind is Kind.FILE:
+            with suppress(CacheError):
+                self._cache.supersede(self._reader.cache_key(entry))
 
     # ---- from the cache ----------------------------------------------------------------------------
 

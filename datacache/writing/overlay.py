@@ -243,6 +243,18 @@ class Overlay:
                     return found[2]
         return _DEFAULT
 
+    def former(self, node: Node) -> list[Entry]:
+        """What a path was while it was clean the last time, here or under the name that it had then."""
+        found = []
+        if node.generation and (before := self._index.version(node.ino, node.generation - 1)) is not None:
+            found.append(before)
+        if node.origin is not None and not node.landing:
+            key, size, version, mtime_ns = node.origin[:4]
+            found.append(
+                Entry(node.ino, node.parent, node.name, node.kind, size, mtime_ns, node.mount, key, version)
+            )
+        return found
+
     def key_of(self, entry: Entry) -> str:
         """The key under which a path is in the bucket, or will be."""
         return self._own_key(entry)
@@ -490,6 +502,7 @@ class Overlay:
                 batch.drop_node(node)
         else:
             batch.drop_attributes(entry.mount, key)
+            batch.then(lambda: self.copies.outdate(entry))
         if hide and (tried or before != NOTHING):
             batch.hide(Hidden(entry.parent, entry.name, entry.mount, key))
             batch.add_op(

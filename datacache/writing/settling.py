@@ -271,6 +271,9 @@ class Settling:
             token = ""
         elif node.landing and node.kind is Kind.FILE:
             kept = kept._replace(mtime_ns=self._ledger.landing.stat(node.landing).st_mtime_ns)
+        # The same bytes are the same version, with some stores.
+        now = (op.key, stored.info.version)
+        former = [entry for entry in self._overlay.former(node) if (entry.key, entry.version) != now]
         with self._ledger.catalogue((node.parent, node.name), needed=True) as changing:
             self._ledger.rowless.discard(node.parent)
             row = Kind.DIRECTORY if directory else Kind.FILE
@@ -296,6 +299,8 @@ class Settling:
                 batch.keep_attributes(op.mount, op.key, token, node.kind, kept)
             else:
                 batch.drop_attributes(op.mount, op.key)
+            for entry in former:
+                batch.then(lambda entry=entry: self._overlay.copies.outdate(entry))  # type: ignore[misc]
 
     def _implied(self, node: Node) -> list[Node]:
         """Directories above that the bucket is not owed, topmost first: it has them with what is in them."""

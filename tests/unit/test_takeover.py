@@ -464,3 +464,22 @@ def die_at(
     finally:
         after.close()
         place.remove()
+
+
+def test_a_copy_of_what_is_no_more_leaves_first(one: Mounted) -> None:
+    """Of a file that was removed, overwritten, or has another name: else a job that keeps its last checkpoint
+    only has a cache that is full of the others."""
+    for name in ("/gone", "/changed", "/renamed", "/kept"):
+        one.write(name, name.encode() * 1000)
+    one.drain()
+    one.overlay.unlink(*one.at("/gone"))
+    one.write("/changed", b"another content")
+    one.overlay.rename(*one.at("/renamed"), *one.at("/to"), replace=True)
+    one.drain()
+    assert isinstance(one.cache, DirectoryTier) and one.cache.store is not None
+    outdated = set()
+    for entry in one.cache.entries():
+        held = one.cache.store.catalogue.held(bytes.fromhex(entry.key.digest))
+        if held is not None and held.superseded:
+            outdated.add((entry.key.key, entry.key.size))
+    assert outdated == {("gone", 5000), ("changed", 8000), ("renamed", 8000)}
