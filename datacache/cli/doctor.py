@@ -330,7 +330,7 @@ def source_findings(source: "Source") -> Iterator[Finding]:
         return
     objects = page.objects if page is not None else []
     count = len(objects) + (len(page.prefixes) if page is not None else 0)
-    if not count:
+    if not count and not settings.writing.enabled:
         yield Finding(
             "store", "warn", f"{source.uri}: lists, but there is nothing below it", "check the prefix"
         )

@@ -34,8 +34,10 @@ def grouped(found: Iterable[Reason], *, known: Iterable[str] = ()) -> list[str]:
 
 def _without(why: str, key: str) -> str:
     """`why`, where it names the object by its key or as the end of a URL, without that."""
+    if not key:
+        return why
     named = rf"/{re.escape(key)}(?=$|[\s:,;)])"
-    return re.sub(named, "", why).replace(repr(key), "it") if key else why
+    return re.sub(named, "", why.removeprefix(f"{key!r}: ")).replace(repr(key), "it")
 
 
 def _line(what: str, keys: list[str], why: str) -> str:

@@ -18,6 +18,11 @@ AWAY = "s3://b/p?endpoint=http://127.0.0.1:9: s3://b/p cannot be had right now (
             ["3 uploads, of 'a' first: s3://b/p is forbidden"],
         ),
         (
+            [Reason("put", "a", "'a': somebody else has changed the object")],
+            [],
+            ["upload of 'a': somebody else has changed the object"],
+        ),
+        (
             [Reason("put", "a", "x"), Reason("delete", "b", "x"), Reason("copy", "c", "x")]
             + [Reason("copy", "d", "x"), Reason("put", "e", "y")],
             [],
