@@ -313,7 +313,7 @@ def store(mount: MountPoint, settings: "Settings") -> Iterator[Finding]:
     patience = dataclasses.replace(settings.sources, timeout=min(settings.sources.timeout, PATIENCE))
     source = open_source(mount, settings=patience, environment=settings.environment, clock=SystemClock())
     try:
-        yield from source_findings(source)
+        yield from source_findings(source, may_be_empty=settings.writing.enabled)
     finally:
         source.close()
     url = clock_url(mount, settings.environment)
@@ -321,7 +321,7 @@ def store(mount: MountPoint, settings: "Settings") -> Iterator[Finding]:
         yield skew(url, SystemClock(), ask=_date)
 
 
-def source_findings(source: "Source") -> Iterator[Finding]:
+def source_findings(source: "Source", *, may_be_empty: bool = False) -> Iterator[Finding]:
     """Whether `source` lists and reads, and its traits."""
     try:
         page = next(iter(source.list("", recursive=False)), None)
@@ -330,7 +330,7 @@ def source_findings(source: "Source") -> Iterator[Finding]:
         return
     objects = page.objects if page is not None else []
     count = len(objects) + (len(page.prefixes) if page is not None else 0)
-    if not count and not settings.writing.enabled:
+    if not count and not may_be_empty:
         yield Finding(
             "store", "warn", f"{source.uri}: lists, but there is nothing below it", "check the prefix"
         )
