@@ -222,6 +222,9 @@ def daemon(tmp_path: Path, bucket: Path, driver: str) -> Iterator[Start]:
 
 # ---- mounts that can be written to ---------------------------------------------------------------
 
+UNCOVERED = ["env", "-u", "COVERAGE_PROCESS_START", "-u", "COVERAGE_PROCESS_CONFIG"]
+"""For another user's programs: what they cover could not be written into the checkout."""
+
 WAYS = ("passthrough", "served", "pyfuse3")
 """Where the kernel writes the files itself, where it may not, and on the portable driver."""
 

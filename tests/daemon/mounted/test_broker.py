@@ -45,7 +45,7 @@ from datacache.model import Dataset, Medium, MiB, MountPoint
 from fuse import broker, mountpoint
 from fuse.broker import TRIES, YOUNG
 from tests.daemon.mounted import reading_on
-from tests.daemon.mounted.conftest import STOP, Daemon, Start
+from tests.daemon.mounted.conftest import STOP, UNCOVERED, Daemon, Start
 from tests.support.faulty_s3 import Before, FaultyS3, Stall
 
 PATIENCE = 60.0
@@ -695,7 +695,7 @@ def users(tmp_path: Path) -> Iterator[Daemon]:
         pytest.skip("becomes another user by setpriv, as root")
     paths = os.pathsep.join([str(Path(__file__).parents[3]), sysconfig.get_path("purelib")])
     via = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    via += ["env", f"PYTHONPATH={paths}"]
+    via += [*UNCOVERED, f"PYTHONPATH={paths}"]
     python = python_for(via)
     with tempfile.TemporaryDirectory(prefix="datacache-user-") as made, contextlib.ExitStack() as undone:
         home = Path(made)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from datacache.model import MountPoint
-from tests.daemon.mounted.conftest import check_way, flushed, start_writable, writable
+from tests.daemon.mounted.conftest import UNCOVERED, check_way, flushed, start_writable, writable
 
 USER = 65534
 
@@ -30,7 +30,7 @@ def as_user() -> list[str]:
     kept = "-all,+dac_read_search"
     return [
         "setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", f"--inh-caps={kept}",
-        f"--ambient-caps={kept}",
+        f"--ambient-caps={kept}", *UNCOVERED,
     ]  # fmt: skip
 
 
