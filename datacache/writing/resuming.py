@@ -57,7 +57,7 @@ def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[i
         ledger.journal.nodes(), key=lambda node: node.key.count("/") - (node.kind is Kind.DIRECTORY)
     )
     there = set(ledger.landing.files())
-    aside: dict[int, str] = {}
+    wanted, aside = {node.ino for node in nodes if not node.orphan}, dict[int, Node]()
     if ledger.journal.meta().get("boot", boot) != boot:
         nodes, aside = _after_a_power_cut(ledger, nodes, there)
     known: dict[tuple[int, str], int] = {}
@@ -88,7 +88,18 @@ def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[i
             ino, generation = changing.claim(at, name, row, node.mount, names.to_bytes(node.key))
             known[node.mount, node.key] = numbers[node.ino] = ino
             ledger.set_node(node._replace(ino=ino, parent=at, name=name, generation=generation, writers=0))
+        # What had another name before, and did not get to its new one: the bucket has it under the old one.
+        lost = aside.keys() | (wanted - numbers.keys())
+        renamed = {op.seq: op for op in ops if op.kind is OpKind.DELETE and op.ino in lost}
+        still = {(op.mount, op.key) for op in renamed.values()}
+        back = {op.ino for op in renamed.values()}
+        for node in ledger.journal.nodes():
+            if node.ino in back:
+                at, _ = place(node.mount, node.key)
+                changing.vanish(at, names.to_bytes(node.key))
         for one in hidden:
+            if (one.mount, one.key) in still:
+                continue
             at, name = place(one.mount, one.key)
             ledger.set_hidden(one._replace(parent=at, name=name))
             changing.vanish(at, names.to_bytes(one.key))
@@ -100,13 +111,17 @@ def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[i
         for (mount, key), (at, name) in ledger.hidden_at.items():
             change.hide(Hidden(at, name, mount, key))
         for op in ops:
+            if op.seq in renamed:
+                change.drop_op(op.seq)
+                continue
             ino = numbers.get(op.ino, 0)
             if op.kind is OpKind.PUT and ((not ino and op.ino) or (op.landing and op.landing not in there)):
                 change.drop_op(op.seq)  # of what was unlinked, or is not there
                 continue
             new = op._replace(ino=ino, since=op.since or clock.wall())
-            if op.kind is OpKind.PUT and op.ino in aside:
-                new = new._replace(id=new_id(), key=aside[op.ino], expected=NOTHING, resume="")
+            other = aside.get(op.ino)
+            if op.kind is OpKind.PUT and other is not None and other.landing == op.landing:
+                new = new._replace(id=new_id(), key=other.key, expected=NOTHING, resume="")
             change.update_op(new)
             ledger.set_op(new)
         change.set_meta("index", index.identity)
@@ -115,14 +130,14 @@ def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[i
 
 def _after_a_power_cut(
     ledger: Ledger, nodes: Sequence[Node], there: set[int]
-) -> tuple[list[Node], dict[int, str]]:
-    """What is left of nodes, and the keys of those that are set aside, by number.
+) -> tuple[list[Node], dict[int, Node]]:
+    """What is left of nodes; and of them, by number, those that are set aside.
 
     A file system may have the size of a file and not its bytes. Whoever wrote it was never told that they are
     safe, so the name belongs to what was there before; but the bytes may be all that there is of it.
     """
     left: list[Node] = []
-    aside: dict[int, str] = {}
+    aside: dict[int, Node] = {}
     for node in nodes:
         if node.landing in there and node.kind is Kind.SYMLINK:
             ledger.landing.write(node.landing, node.attributes.target or b"")
@@ -132,11 +147,11 @@ def _after_a_power_cut(
                 continue
             above, slash, last = node.key.rpartition("/")
             name = beside(names.to_bytes(last), "unsynced", new_id()[:8])
-            aside[node.ino] = key = above + slash + names.to_text(name)
+            key = above + slash + names.to_text(name)
             _log.warning(
                 "%r was being written when the power went, and was never synced: what there is of it is %r",
                 node.key, key,
             )  # fmt: skip
-            node = node._replace(key=key, synced=True)
+            node = aside[node.ino] = node._replace(key=key, synced=True)
         left.append(node)
     return left, aside

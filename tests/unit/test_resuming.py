@@ -64,6 +64,39 @@ def test_what_was_never_synced_goes_under_a_name_of_its_own(place: Place, logs: 
         second.close()
 
 
+@pytest.mark.parametrize("left", ["nothing", "a size of 0", "zeros"])
+def test_a_file_that_did_not_get_to_its_new_name_is_under_the_old_one(
+    place: Place, logs: AnnouncedLogs, left: str
+) -> None:
+    """It was changed, renamed, and never synced; somebody else's fsync made the rename durable. What the
+    bucket has under the old name is all that there is."""
+    first = Mounted(place)
+    begin(first, "/old", b"AS")
+    first.overlay.rename(*first.at("/old"), *first.at("/new"), replace=True)
+    first.overlay.sync_names()
+    node = first.overlay.ledger.nodes[first.overlay.resolve("/new").ino]
+    path = os.path.join(first.landing.directory, "files", str(node.landing))
+    first.close()
+    if left == "nothing":
+        os.unlink(path)
+    else:
+        size = os.path.getsize(path) if left == "zeros" else 0
+        os.truncate(path, 0)
+        os.truncate(path, size)
+    logs.expect("never synced")
+    logs.expect("none of it is there")
+    second = after_a_power_cut(place)
+    try:
+        place.clock.advance(60)  # what was listed before is not believed any more
+        plain = {path: data for path, data in second.tree().items() if ".unsynced." not in path}
+        assert plain == {"/old": b"as it was"}
+        second.drain()
+        plain = {path: data for path, data in second.tree().items() if ".unsynced." not in path}
+        assert plain == {"/old": b"as it was"}
+    finally:
+        second.close()
+
+
 def test_what_was_synced_once_keeps_its_name(place: Place) -> None:
     """Whoever appends to a log was told that its beginning is safe."""
     first = Mounted(place)
