@@ -261,6 +261,11 @@ class LiveIndex:
                 for parent, name in ours:
                     self._ours.setdefault(parent, {})[name] = turn
 
+    def replaced(self, entries: Sequence[Entry]) -> None:
+        """Names that we have given to something else, as they were: whoever keeps copies of them is told."""
+        if self._on_replaced is not None:
+            self._on_replaced(entries)
+
     def hold(self, parent: int, key: bytes) -> None:
         """Show an object of directory `parent` no more, whatever listings say, until `let_go`."""
         with self._lock:

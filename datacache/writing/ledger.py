@@ -146,6 +146,10 @@ class Ledger:
                 raise
             _log.warning("%s: names that were changed follow when the mount is started again", error)
 
+    def replaced(self, entry: Entry) -> None:
+        """A name is another file's from now on: the kernel, which may believe it, is told."""
+        self._index.replaced([entry])
+
     @property
     def keeps_unnamed(self) -> bool:
         """Whether landing files wait for a sync to be removed."""

@@ -579,8 +579,9 @@ class Overlay:
     # ---- bytes ------------------------------------------------------------------------------------
 
     def land(self, ino: int, *, truncate: bool = False) -> Entry:
-        """Have the bytes of a file in the landing zone, or none of them, to be written; the file as it is
-        then. A file that was clean has another generation afterwards.
+        """Have the bytes of a file in the landing zone, to be written; the file as it is then. One that was
+        clean has another generation afterwards, and with `truncate` none of its bytes: whoever opens it then
+        empties it, whatever it has by then; where nobody does, it is clean again with its last `closed`.
 
         Raises NoSuchPath, IsADirectory, LandingFull, LandingBroken, SourceError.
         """
@@ -593,10 +594,9 @@ class Overlay:
                 if node is None:
                     self._writable(entry.parent)
                 elif node.landing:
-                    if truncate:
-                        self.truncate(ino, 0)
                     return self.entry(ino)
-                number, blocks = (self._create(), ()) if truncate else self._bring(entry)
+                # What is renamed is not clean, so it could not be that again: its bytes are brought, too.
+                number, blocks = (self._create(), ()) if truncate and node is None else self._bring(entry)
                 try:
                     if self._landed(entry, number, blocks, truncate=truncate):
                         return self.entry(ino)
@@ -663,8 +663,10 @@ class Overlay:
 
     def _land_renamed(self, node: Node, number: int) -> None:
         op = self.ledger.ops[self.ledger.puts[node.ino]]
+        with self._index.changing() as changing:  # where it is counted on when this is clean again
+            generation = changing.renew(node.ino)
         with self.ledger.changing("land") as batch:
-            batch.put_node(node._replace(landing=number, origin=None, generation=node.generation + 1))
+            batch.put_node(node._replace(landing=number, origin=None, generation=generation))
             batch.update_op(op._replace(landing=number, origin=None, id=next_id(op.id)))
             batch.then(lambda: self.owing.edit(op))
 
@@ -680,9 +682,10 @@ class Overlay:
             )  # fmt: skip
             batch.put_node(node)
             self.owing.owe_put(batch, node, entry.version, due=False)
-        if not truncate:
-            look = look_of(self._landing.stat(number))
-            self.ledger.unchanged[ino] = Unchanged(entry, look, blocks)
+        if truncate:
+            self._landing.set_mtime(number, entry.mtime_ns)  # so that it shows that somebody empties it
+        look = look_of(self._landing.stat(number))
+        self.ledger.unchanged[ino] = Unchanged(entry, look, blocks)
 
     def open(self, ino: int, *, writing: bool) -> LandedFile:
         """Open the landing file of a landed path, until `closed`. Raises VersionChanged where it has none

@@ -85,6 +85,8 @@ class Owing:
                 batch.then(lambda op=op: self.edit(op))  # type: ignore[misc]
             else:
                 batch.drop_op(op)
+                if op.resume:
+                    batch.then(lambda op=op: self.forget(op))  # type: ignore[misc]
         return expected, tried, mark
 
     def owe_put(self, batch: Batch, node: Node, there: Expected, *, due: bool, barrier: bool = False) -> None:

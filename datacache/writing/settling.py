@@ -352,7 +352,7 @@ class Settling:
         except NotHere as error:
             self._ledger.parked[op.seq] = f"{op.key!r}: somebody else has changed the object, and {error}"
             return
-        new = node._replace(name=name, key=key)
+        new, before = node._replace(name=name, key=key), self._overlay.entry(node.ino)
         with self._ledger.changing("conflict") as batch:
             batch.drop_op(op)
             batch.put_node(new)
@@ -360,6 +360,7 @@ class Settling:
         with self._ledger.catalogue((node.parent, node.name), (new.parent, new.name)) as changing:
             changing.place(new.ino, new.parent, new.name, mount, names.to_bytes(key))
         self._show_theirs((node.parent, node.name), op, found)
+        self._ledger.replaced(before)
         _log.warning(
             "%r was changed in the bucket meanwhile: that version keeps the name, ours is %r", op.key, key
         )

@@ -755,6 +755,36 @@ def test_a_rename_that_was_done_before_is_no_error(begin: Maker, uploaded: bool)
         it.files.rename(ROOT, b"never", it.node("dir"), b"other", again=True)
 
 
+@pytest.mark.parametrize("owed", ["a clean file", "a copy"])
+def test_a_refused_open_that_would_have_emptied_a_file_leaves_it_as_it_was(it: Life, owed: str) -> None:
+    """Its caller was told an error, and nobody comes again: here, and in the bucket."""
+    if owed == "a copy":
+        it.files.rename(ROOT, b"old", ROOT, b"new")
+    name = "new" if owed == "a copy" else "old"
+    wanted = it.content(name)
+    assert wanted
+    with pytest.raises(Stale):
+        it.files.open(it.node(name), os.O_WRONLY | os.O_TRUNC)
+    it.mounted.place.clock.advance(OWED + 1)
+    _, opened = it.make("another")  # whoever comes next finds that it is late
+    it.files.release(opened.handle)
+    assert it.content(name) == wanted
+    it.mounted.drain()
+    assert it.content(name) == wanted
+    stored = it.mounted.in_bucket(name)
+    assert stored is not None and stored.size == len(wanted)
+
+
+@pytest.mark.parametrize("uploaded", [False, True])
+def test_an_open_that_empties_a_file_and_writes_nothing_leaves_it_empty(it: Life, uploaded: bool) -> None:
+    """The second one, after the refusal: it is no change that could be taken back."""
+    _, opened = it.open("old", os.O_WRONLY | os.O_TRUNC)
+    it.files.release(opened.handle)
+    if uploaded:
+        it.mounted.drain()
+    assert it.content("old") == b""
+
+
 def test_who_never_comes_back_leaves_nothing_behind(it: Life) -> None:
     """A file that was landed for an open which did not come is clean again after a while."""
     with pytest.raises(Stale):

@@ -209,7 +209,10 @@ class Mounted:
         while True:
             self.overlay.land(ino, truncate=truncate)
             with suppress(VersionChanged):  # it was uploaded in this moment
-                return self.overlay.open(ino, writing=True)
+                file = self.overlay.open(ino, writing=True)
+                if truncate:
+                    os.ftruncate(file.descriptor, 0)
+                return file
 
     def read(self, path: str) -> bytes:
         entry = self.overlay.resolve(path)

@@ -6,6 +6,8 @@ import pytest
 
 from datacache.errors import OtherStore
 from datacache.writing import overlay
+from datacache.writing.journal import Op
+from tests.conftest import AnnouncedLogs
 from tests.support.overlays import Mounted, Place
 
 
@@ -117,3 +119,70 @@ def test_what_was_landed_for_an_open_that_never_came_is_sent_by_the_next_daemon(
         assert after.place.bucket.stat("a").size == 0
     finally:
         after.close()
+
+
+def test_a_generation_never_goes_down(mounted: Mounted) -> None:
+    """Not of a file that is renamed and written before the bucket has its new name: the kernel would take the
+    next content for one that it knows."""
+    ino = mounted.overlay.resolve("/a").ino
+    seen = []
+    for data in (b"first", b"second"):
+        rename(mounted, "/a", "/c")
+        mounted.write("/c", data)
+        seen.append(mounted.overlay.entry(ino).generation)
+        mounted.drain()
+        seen.append(mounted.overlay.entry(ino).generation)
+        rename(mounted, "/c", "/a")
+        mounted.drain()
+    assert seen == sorted(seen)
+    assert seen[0] < seen[2], "another content is another version"
+
+
+def test_to_land_a_file_that_shall_be_emptied_empties_nothing_that_was_changed(mounted: Mounted) -> None:
+    """Its bytes are the only ones, and who asked may be refused yet."""
+    mounted.write("/a", b"changed")
+    mounted.overlay.land(mounted.overlay.resolve("/a").ino, truncate=True)
+    assert mounted.read("/a") == b"changed"
+
+
+def test_a_file_that_was_landed_empty_has_the_time_it_had(mounted: Mounted) -> None:
+    """Whoever empties it gives it another one, even in the same tick of the kernel's clock."""
+    before = mounted.overlay.resolve("/a")
+    after = mounted.overlay.land(before.ino, truncate=True)
+    assert (after.size, after.mtime_ns) == (0, before.mtime_ns)
+
+
+def test_the_name_of_a_conflict_is_told(mounted: Mounted, logs: AnnouncedLogs) -> None:
+    """The kernel believes that it is our file's, and would write to that."""
+    logs.expect("that version keeps the name")
+    told: list[tuple[bytes, int]] = []
+    mounted.index._on_replaced = lambda entries: told.extend((e.name, e.parent) for e in entries)
+    parent = mounted.overlay.resolve("/a").parent
+    mounted.write("/a", b"ours")
+    mounted.place.bucket.put("a", b"theirs")
+    mounted.drain()
+    assert told == [(b"a", parent)]
+    assert mounted.tree()["/a"] == b"theirs"
+
+
+def test_parts_of_what_is_not_wanted_any_more_are_let_go(mounted: Mounted) -> None:
+    """A large file is removed, or replaced, while its upload waits to go on."""
+
+    class Uploads:
+        def __init__(self) -> None:
+            self.forgotten: set[str] = set()
+
+        def poke(self) -> None: ...
+        def stop_op(self, seq: int) -> None: ...
+        def forget(self, op: Op) -> None:
+            self.forgotten.add(op.resume)
+
+    uploads = Uploads()
+    mounted.overlay.owing.attach(uploads)
+    for name in ("/removed", "/replaced"):
+        mounted.write(name, b"large")
+        op = next(op for op in mounted.settling.ops() if f"/{op.key}" == name)
+        mounted.settling.remember(op, f"parts of {name}")
+    mounted.overlay.unlink(*mounted.at("/removed"))
+    rename(mounted, "/a", "/replaced")
+    assert uploads.forgotten == {"parts of /removed", "parts of /replaced"}
