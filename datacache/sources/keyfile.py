@@ -10,6 +10,7 @@ import configparser
 import os
 from typing import NamedTuple
 
+from datacache.config.schemes import key_part
 from datacache.errors import Denied
 
 
@@ -24,13 +25,6 @@ class Keys(NamedTuple):
         return f"<keys of {self.access_key}>"
 
 
-# How the three are called: the AWS files, their shorter forms, OSS's. Case, "-" and "_" do not count.
-_NAMES = {
-    "accesskeyid": 0, "accesskey": 0,
-    "secretaccesskey": 1, "secretkey": 1, "accesskeysecret": 1,
-    "sessiontoken": 2, "securitytoken": 2, "token": 2,
-}  # fmt: skip
-_VENDORS = ("fs", "aws", "oss", "s3")
 _LARGEST = 64 * 1024  # no key is longer; a wrong path may well be
 
 
@@ -58,14 +52,6 @@ def _complete(found: dict[int, str], path: str) -> Keys:
     return Keys(found[0], found[1], found.get(2, ""))
 
 
-def _place(name: str) -> int | None:
-    """Which of the three `name` is."""
-    plain = name.lower().replace("_", "").replace("-", "").replace(".", "")
-    for vendor in _VENDORS:
-        plain = plain.removeprefix(vendor)
-    return _NAMES.get(plain)
-
-
 def _from_ini(path: str, section: str) -> dict[int, str]:
     parser = configparser.RawConfigParser(default_section="")
     with open(path, encoding="utf-8") as file:
@@ -74,14 +60,14 @@ def _from_ini(path: str, section: str) -> dict[int, str]:
     wanted = section or ("default" if "default" in sections or not sections else sections[0])
     if wanted not in sections:
         raise Denied(f"credentials {path} have no section [{wanted}]")
-    pairs = ((_place(name), value) for name, value in parser.items(wanted))
+    pairs = ((key_part(name), value) for name, value in parser.items(wanted))
     return {place: value.strip() for place, value in pairs if place is not None}
 
 
 def _from_directory(path: str) -> dict[int, str]:
     found = {}
     for name in sorted(os.listdir(path)):
-        place = _place(name)
+        place = key_part(name)
         if place is not None:
             with open(os.path.join(path, name), encoding="utf-8") as file:
                 found[place] = file.read(_LARGEST).strip()

@@ -1,11 +1,11 @@
 """
-From a URI and its options to a source: the only place that knows all schemes.
+From a URI and its options to a source: the only place that knows who serves a scheme.
 
 `check_mount` says early, without network, what is wrong with a mount point; `open_source` makes the
 source, with every answer checked and every request tried again as far as that makes sense; `open_sink`
-makes what writes to the same place, without either: the uploader tries again. Each
-scheme is a row of `SCHEMES`: its options, how its URI is taken apart, and who serves it. What is
-not in the table is tried with fsspec.
+makes what writes to the same place, without either: the uploader tries again. What the text of a
+mount point may be stands in `config.schemes`; here is who serves it. What is not in that table is
+tried with fsspec.
 
 The client of a scheme is imported when a URI of it is opened: all of them take 0.2 s to import, and
 readers wait while a daemon is replaced.
@@ -14,12 +14,22 @@ readers wait while a daemon is replaced.
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from datacache.clock import Clock
 from datacache.config.keys import REGION
+from datacache.config.schemes import (
+    SCHEMES,
+    SECRET_NAME,
+    Options,
+    bucket_of,
+    check_names,
+    endpoint_of,
+    scheme_of,
+    shown,
+)
 from datacache.config.settings import SourceSettings
 from datacache.errors import SettingError
 from datacache.model import MountPoint
@@ -43,80 +53,8 @@ class Makers(NamedTuple):
     sink: Callable[[SourceSettings, Clock], Sink]
 
 
-_ENDPOINT = "URL of the store, such as http://minio:9000"
-_ANONYMOUS = "true: requests are not signed (public buckets)"
-_KEYS = "file or directory that holds the keys, such as a mounted Secret"
-_TRUST = "file of certificates (PEM) to trust"
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What can be said of the mount points of one scheme."""
-
-    what: str
-    """What it is, for help texts; with an example."""
-    options: Mapping[str, str] = field(default_factory=dict)
-    """Names and meanings."""
-
-
-SCHEMES: Mapping[str, Scheme] = {
-    "s3": Scheme(
-        "S3, and every store that speaks it: s3://bucket/prefix",
-        {
-            "endpoint": _ENDPOINT,
-            "region": "region of the bucket",
-            "style": "path, virtual, or cname (the endpoint's host is the bucket)",
-            "anonymous": _ANONYMOUS,
-            "profile": "profile of the shared AWS configuration; of `credentials`, the section",
-            "credentials": _KEYS,
-            "ca_bundle": _TRUST,
-            "requester_pays": "true: accept the costs of requests to a bucket that asks for it",
-        },
-    ),
-    "oss": Scheme(
-        "Alibaba Cloud OSS: oss://bucket/prefix",
-        {
-            "endpoint": "URL of the region's endpoint, such as https://oss-cn-hangzhou.aliyuncs.com",
-            "region": "region of the bucket, such as cn-hangzhou; taken from the endpoint otherwise",
-            "style": "virtual, cname (the endpoint's host is the bucket), or path (no OSS does that)",
-            "anonymous": _ANONYMOUS,
-            "credentials": _KEYS,
-            "ca_bundle": _TRUST,
-            "client": "s3 (OSS's S3-compatible endpoint) or ossfs (the fsspec implementation)",
-        },
-    ),
-    "gs": Scheme(
-        "Google Cloud Storage: gs://bucket/prefix",
-        {
-            "endpoint": _ENDPOINT,
-            "anonymous": _ANONYMOUS,
-            "credentials": "file of a service account or of application default credentials (JSON)",
-            "ca_bundle": _TRUST,
-        },
-    ),
-    "az": Scheme(
-        "Azure Blob Storage: az://container/prefix",
-        {
-            "account": "name of the storage account",
-            "endpoint": "URL of the account's blob service",
-            "anonymous": _ANONYMOUS,
-            "ca_bundle": _TRUST,
-        },
-    ),
-    "http": Scheme("a directory of a web server: http://host/path", {"ca_bundle": _TRUST}),
-    "https": Scheme("a directory of a web server: https://host/path", {"ca_bundle": _TRUST}),
-    "file": Scheme("a directory of this machine: file:///path"),
-}
-
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
-_BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]$")
-_HOST = re.compile(r"^[A-Za-z0-9._-]+$|^[0-9A-Fa-f:.]+$")
-_IPV4 = re.compile(r"^\d+\.\d+\.\d+\.\d+$")
 _OSS_HOST = re.compile(r"^(?:s3\.)?(oss-([a-z0-9-]+?)(?:-internal)?\.aliyuncs\.com)$")
-_SECRET = re.compile(r"secret|password|passwd|token|access_?key|account_?key|sas_?key|^key$", re.IGNORECASE)
 _NO_SECRETS = ("", "anon", "browser", "cache", "cloud", "google_default", "true", "false")
-_BOOLEANS = {"true": True, "yes": True, "1": True, "on": True,
-             "false": False, "no": False, "0": False, "off": False}  # fmt: skip
 
 
 def open_source(
@@ -147,51 +85,26 @@ def check_mount(mount: MountPoint, environment: Environment) -> None:
 
 def _plan(mount: MountPoint, environment: Environment) -> Makers:
     """What will make the source; everything that can be wrong has been looked at."""
-    scheme = _scheme(mount.uri)
+    scheme = scheme_of(mount.uri)
     known = SCHEMES.get(scheme)
     if known is None:
         _check_no_secrets(mount.options)
         return _fsspec(mount.uri, mount.options)
-    _check_names(mount.options, known)
+    check_names(mount.options, known)
     given = _Options(mount.options)
     if scheme in ("s3", "oss", "gs", "az"):
-        name, prefix = _bucket_of(mount.uri, scheme)
+        name, prefix = bucket_of(mount.uri, scheme)
         return {"s3": _s3, "oss": _oss, "gs": _gs, "az": _az}[scheme](name, prefix, given, environment)
     if scheme == "file":
         return _file(mount.uri)
     return _web(mount.uri, given)
 
 
-def _scheme(uri: str) -> str:
-    match = _SCHEME.match(uri)
-    if match is None:
-        schemes = ", ".join(f"{name}://" for name in SCHEMES)
-        raise SettingError("URI", _shown(uri), f"a URI such as s3://bucket/prefix ({schemes}, or fsspec's)")
-    return match[1].lower()
-
-
-def _shown(uri: str) -> str:
-    """`uri` without what may be a secret: user, password and query."""
-    return re.sub(r"//[^/@]*@", "//***@", uri.partition("?")[0])
-
-
-def _check_names(options: Mapping[str, str], scheme: Scheme) -> None:
-    names = ", ".join(scheme.options) or "none"
-    for name, value in options.items():
-        if name in scheme.options:
-            continue
-        if _SECRET.search(name):
-            raise SettingError(
-                f"option {name}", "***", "secrets in the environment or in a file (option credentials)"
-            )
-        raise SettingError(f"option {name}", value, f"one of this scheme's options: {names}")
-
-
 def _check_no_secrets(options: Mapping[str, str]) -> None:
     """Options show in arguments and in the status. What fsspec knows by names of our secrets may also be
     a word (`token=anon`) or a file that holds the secret."""
     for name, value in options.items():
-        if _SECRET.search(name) and value not in _NO_SECRETS and not os.path.isfile(value):
+        if SECRET_NAME.search(name) and value not in _NO_SECRETS and not os.path.isfile(value):
             raise SettingError(
                 f"option {name}",
                 "***",
@@ -199,29 +112,8 @@ def _check_no_secrets(options: Mapping[str, str]) -> None:
             )
 
 
-class _Options:
-    """Options of a mount point, each read as what it must be."""
-
-    def __init__(self, options: Mapping[str, str]) -> None:
-        self._options = options
-
-    def text(self, name: str) -> str:
-        value = self._options.get(name, "")
-        if name in self._options and not value.strip():
-            raise SettingError(f"option {name}", value, "a value")
-        return value.strip()
-
-    def flag(self, name: str) -> bool:
-        value = self._options.get(name, "false")
-        if value.lower() not in _BOOLEANS:
-            raise SettingError(f"option {name}", value, "true or false")
-        return _BOOLEANS[value.lower()]
-
-    def one_of(self, name: str, *choices: str) -> str:
-        value = self._options.get(name, "")
-        if value and value not in choices:
-            raise SettingError(f"option {name}", value, " or ".join(choices))
-        return value
+class _Options(Options):
+    """Options of a mount point on this machine, where they may name files."""
 
     def file(self, name: str, *, or_directory: bool = False) -> str:
         path = os.path.expanduser(self.text(name))
@@ -236,51 +128,12 @@ def _check_file(name: str, path: str, *, or_directory: bool = False) -> None:
         raise SettingError(name, path, f"a {what} that exists and can be read")
 
 
-def _bucket_of(uri: str, scheme: str) -> tuple[str, str]:
-    """Bucket and prefix, which is empty or ends in "/". What follows the bucket is taken as it
-    stands: it is a key, not a URL's path, so `%41` is three characters."""
-    rest = uri[len(scheme) + 3 :]
-    name, _, path = rest.partition("/")
-    if "@" in name or ":" in name:
-        raise SettingError("URI", _shown(uri), f"{scheme}://bucket/prefix; credentials are not part of a URI")
-    for mark, what in (("?", "query"), ("#", "fragment")):
-        if mark in rest:
-            raise SettingError("URI", _shown(uri), f"{scheme}://bucket/prefix without a {what}; use options")
-    if not name:
-        raise SettingError("URI", uri, f"{scheme}://bucket/prefix, with a bucket")
-    if not _BUCKET.match(name) or ".." in name or _IPV4.match(name):
-        raise SettingError(
-            "URI", uri, "a bucket name of 3 to 255 letters, digits, dots, hyphens and underscores"
-        )
-    return name, path if path.endswith("/") or not path else path + "/"
-
-
-def _endpoint(name: str, url: str) -> str:
-    """`url` in the one form in which it is part of identities."""
-    expected = "a URL such as https://store.example:9000"
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise SettingError(name, _shown(url), expected) from error
-    host = parts.hostname or ""
-    if parts.scheme not in ("http", "https") or not _HOST.match(host):
-        raise SettingError(name, _shown(url), expected)
-    if "@" in parts.netloc:
-        raise SettingError(name, _shown(url), f"{expected}; credentials are not part of a URL")
-    if parts.query or parts.fragment or parts.path.rstrip("/"):
-        raise SettingError(name, _shown(url), f"{expected}, without path and query")
-    host = f"[{host}]" if ":" in host else host
-    default = {"http": 80, "https": 443}[parts.scheme]
-    return f"{parts.scheme}://{host}" + (f":{port}" if port not in (None, default) else "")
-
-
 def _s3(name: str, prefix: str, given: _Options, environment: Environment) -> Makers:
     from datacache.sources.aws import Bucket, find_bucket
 
     asked = Bucket(
         scheme="s3", name=name, prefix=prefix,
-        endpoint=_endpoint("option endpoint", given.text("endpoint")) if given.text("endpoint") else "",
+        endpoint=endpoint_of("option endpoint", given.text("endpoint")) if given.text("endpoint") else "",
         region=given.text("region"), style=given.one_of("style", "path", "virtual", "cname"),
         anonymous=given.flag("anonymous"), requester_pays=given.flag("requester_pays"),
         ca_bundle=given.file("ca_bundle"), profile=given.text("profile"),
@@ -294,7 +147,7 @@ def _s3_maker(bucket: "Bucket", variable: str) -> Makers:
     from datacache.sources.s3 import S3Source
 
     if bucket.endpoint:
-        bucket = replace(bucket, endpoint=_endpoint(variable, bucket.endpoint))
+        bucket = replace(bucket, endpoint=endpoint_of(variable, bucket.endpoint))
     if bucket.region:
         try:
             REGION.read(bucket.region)
@@ -327,7 +180,7 @@ def _oss(name: str, prefix: str, given: _Options, environment: Environment) -> M
     if "://" not in endpoint:
         endpoint = "https://" + endpoint
     variable = "option endpoint" if given.text("endpoint") else "OSS_ENDPOINT"
-    endpoint = _endpoint(variable, endpoint)
+    endpoint = endpoint_of(variable, endpoint)
     if given.one_of("client", "s3", "ossfs") == "ossfs":
         return _ossfs(f"oss://{name}/{prefix}", endpoint, given, environment)
     parts = urlsplit(endpoint)
@@ -381,7 +234,7 @@ def _gs(name: str, prefix: str, given: _Options, environment: Environment) -> Ma
     config: dict[str, object] = {"skip_signature": given.flag("anonymous")}
     uri = f"gs://{name}/{prefix}".removesuffix("/")
     if url := given.text("endpoint"):
-        config["base_url"] = _endpoint("option endpoint", url)
+        config["base_url"] = endpoint_of("option endpoint", url)
         uri += f"?endpoint={config['base_url']}"
     credentials = given.file("credentials")
     if not credentials and (credentials := environment.get("GOOGLE_APPLICATION_CREDENTIALS", "")):
@@ -434,7 +287,7 @@ def _az(name: str, prefix: str, given: _Options, environment: Environment) -> Ma
     if url := given.text("endpoint"):
         # The emulator's has the account as its path.
         host, _, path = url.removesuffix("/").partition("://")[2].partition("/")
-        endpoint = _endpoint("option endpoint", f"{urlsplit(url).scheme}://{host}")
+        endpoint = endpoint_of("option endpoint", f"{urlsplit(url).scheme}://{host}")
         config["endpoint"] = f"{endpoint}/{path}" if path else endpoint
         uri += f"&endpoint={config['endpoint']}"
     ca_bundle = given.file("ca_bundle")
@@ -472,14 +325,14 @@ def _web(uri: str, given: _Options) -> Makers:
     try:
         parts = urlsplit(uri)
     except ValueError as error:
-        raise SettingError("URI", _shown(uri), "a URL such as https://host/path") from error
+        raise SettingError("URI", shown(uri), "a URL such as https://host/path") from error
     if not parts.hostname:
-        raise SettingError("URI", _shown(uri), "a URL such as https://host/path")
+        raise SettingError("URI", shown(uri), "a URL such as https://host/path")
     if "@" in parts.netloc:
-        raise SettingError("URI", _shown(uri), "https://host/path; credentials are not part of a URI")
+        raise SettingError("URI", shown(uri), "https://host/path; credentials are not part of a URI")
     if parts.query or parts.fragment:
-        raise SettingError("URI", _shown(uri), "a directory: no query, no fragment")
-    root = _endpoint("URI", f"{parts.scheme}://{parts.netloc}") + parts.path.rstrip("/") + "/"
+        raise SettingError("URI", shown(uri), "a directory: no query, no fragment")
+    root = endpoint_of("URI", f"{parts.scheme}://{parts.netloc}") + parts.path.rstrip("/") + "/"
     ca_bundle = given.file("ca_bundle")
     return Makers(
         lambda settings, clock: WebSource(root, ca_bundle=ca_bundle, settings=settings),
@@ -490,7 +343,7 @@ def _web(uri: str, given: _Options) -> Makers:
 def _read_only(uri: str, why: str) -> Callable[[SourceSettings, Clock], Sink]:
     def refuse(settings: SourceSettings, clock: Clock) -> Sink:
         expected = f"a bucket or a directory, with --rw: this can only be read ({why})"
-        raise SettingError("URI", _shown(uri), expected)
+        raise SettingError("URI", shown(uri), expected)
 
     return refuse
 

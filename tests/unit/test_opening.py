@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from datacache.clock import VirtualClock
+from datacache.config.schemes import SCHEMES
 from datacache.config.settings import SourceSettings
 from datacache.errors import SettingError
 from datacache.model import MountPoint
 from datacache.sources.checked import CheckedSource
 from datacache.sources.local import LocalSource
-from datacache.sources.opening import SCHEMES, check_mount, open_raw, open_source
+from datacache.sources.opening import check_mount, open_raw, open_source
 from datacache.sources.source import Source
 from datacache.sources.steady import SteadySource
 

@@ -22,10 +22,10 @@ from datacache.config.parsing import (
     runtime_directory,
     state_directory,
 )
+from datacache.config.schemes import SCHEMES
 from datacache.config.settings import Consistency, Fill, Placement, Policy, Settings, TierSettings
 from datacache.errors import SettingError
 from datacache.model import GiB, KiB, Medium, MiB, TiB, parse_duration, parse_size
-from datacache.sources.opening import SCHEMES
 
 HOME = {"HOME": "/home/me", "XDG_STATE_HOME": "/st", "XDG_CACHE_HOME": "/ca", "XDG_RUNTIME_DIR": "/ru"}
 
