@@ -85,7 +85,8 @@ SECRET_NAME = re.compile(
     r"secret|password|passwd|token|access_?key|account_?key|sas_?key|^key$", re.IGNORECASE
 )
 """Names of options that would hold a secret."""
-# How the keys of S3 and OSS are called: the AWS files, their shorter forms, OSS's. Case, "-" and "_" do not count.
+# How the keys of S3 and OSS are called: the AWS files, their shorter forms, OSS's. Neither case nor "-"
+# and "_" count.
 _PARTS = {
     "accesskeyid": 0, "accesskey": 0,
     "secretaccesskey": 1, "secretkey": 1, "accesskeysecret": 1,

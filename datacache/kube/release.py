@@ -1,0 +1,43 @@
+"""What the chart says of this installation: the same for all Datasets. Plain values."""
+
+from dataclasses import dataclass
+
+from datacache.model import MiB
+
+GROUP = "datacache.io"
+VERSION = "v1alpha1"
+DRIVER = "csi.datacache.io"
+"""The CSI driver that mounts Datasets."""
+API_PORT = 7400
+"""On which a worker answers the controller."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """One installation."""
+
+    namespace: str
+    """Where workers run: the only privileged namespace."""
+    image: str
+    """Of the workers."""
+    pull_policy: str = "IfNotPresent"
+    pull_secrets: tuple[str, ...] = ()
+    """Names of Secrets of the release namespace."""
+    priority_class: str = ""
+    """Of workers whose Dataset names none; the chart makes one that preempts nobody. Empty: none."""
+    service_account: str = "datacache-worker"
+    """Of the workers: it may do nothing, and gets no token."""
+    state_dir: str = "/var/lib/datacache"
+    """On each node: index, journal, snapshots and landing zone of each Dataset lie below, by its uid."""
+    run_dir: str = "/run/datacache"
+    """On each node: below, by uid, the sockets that the node plugin finds a worker by."""
+    memory_dir: str = "/dev/shm/datacache"  # noqa: S108  a tmpfs, and there is a directory of ours in it
+    """On each node: of a MEM tier whose Dataset names no path."""
+    disk_dir: str = "/var/cache/datacache"
+    """On each node: of an SSD tier whose Dataset names no path."""
+    tier_roots: tuple[str, ...] = ("/var/cache/datacache", "/dev/shm", "/mnt")  # noqa: S108
+    """Below which a Dataset may have tiers: who may create one decides where a worker, as root, writes."""
+    tier_quota: int = 100 * 1024 * MiB
+    """Bytes of the SSD tier of a Dataset that says nothing of tiers."""
+    budget: int = 512 * MiB
+    """Bytes of memory that a worker needs beside its MEM tiers."""
