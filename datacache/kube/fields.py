@@ -81,7 +81,10 @@ class Field:
 
     def members(self) -> dict[str, "Field"]:
         """The members of a mapping; none when it is not given."""
-        return {key: Field(f"{self.path}[{key}]", value) for key, value in self._mapping().items()}
+        return {
+            key: Field(f"{self.path}[{key[:100] if key.isprintable() else ascii(key[:100])}]", value)
+            for key, value in self._mapping().items()
+        }
 
     def _mapping(self) -> Mapping[str, Any]:
         if self.value is None:

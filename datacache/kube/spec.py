@@ -524,7 +524,7 @@ def _check_memory(given: Field, spec: DatasetSpec, release: Release) -> None:
     least = spec.memory + release.budget
     for kind in ("requests", "limits"):
         memory = given[kind]["memory"]
-        if memory.given and kind == "limits" and memory.quantity() < least:
+        if memory.given and memory.quantity() < least:
             raise memory.refuse(f"at least {-(-least >> 20)}Mi: the quota of MEM, and what a worker needs")
     for name in ("cpu", "memory", "ephemeral-storage"):
         asked, most = given["requests"][name], given["limits"][name]
