@@ -569,7 +569,7 @@ class WritableSession(Session):
     def _release(self, header: Header, body: protocol.ReleaseIn) -> Answer:
         if self._writable.knows(body.fh):
             return super()._release(header, body)
-        self._writable.released(header.node, body.flags)
+        self._writable.released(body.fh, header.node, body.flags)
         return protocol.reply(header.unique)
 
 

@@ -23,7 +23,6 @@ what is there, or removing what is not, is then no error.
 import errno
 import os
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -61,9 +60,6 @@ from fuse.filesystem import (
     _Recovered,
 )
 from fuse.nodes import Stale
-
-OWED = 30.0
-"""Seconds after which a file that was landed for a writer who never came back is called closed."""
 
 BORN = 0.1
 """Seconds for which the kernel may believe what it is told of a file that it has had made. It forgets that by
@@ -184,11 +180,7 @@ class WritableFileSystem(FileSystem):
         self._modes[Kind.SYMLINK] = stat.S_IFLNK | 0o777
         # Files that are written though nobody opened them here, the latest ones.
         self._written = _Recovered()
-        # Under the lock: by path and who was refused, landing files that are kept open for an open that is to
-        # come, and since when; and what was unlinked and is still open.
-        self._owing = threading.Lock()
-        self._owed: dict[tuple[int, int], list[tuple[LandedFile, float]]] = {}
-        self._gone: set[int] = set()
+        self._gone: set[int] = set()  # what was unlinked and is still open
         self._left = False
         self._counted = self._backings is None if counted is None else counted
 
@@ -415,7 +407,6 @@ class WritableFileSystem(FileSystem):
         0 where that is not known. Who is told ESTALE, and comes again, finds the file landed."""
         writing, empties = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
         ino = nodes.path(node)
-        self._give_up_owed()
         if writing and not empties:  # who empties a file makes room
             self._overlay.check_room()
         for _ in range(_RACES):
@@ -437,7 +428,7 @@ class WritableFileSystem(FileSystem):
             except Stale:
                 if file.writing:
                     held.opened = None
-                    self._owe(ino, who, file)
+                    self._overlay.awaited.keep(ino, who, file)
                 self._let_go(held)
                 raise
             except BaseException:
@@ -449,9 +440,9 @@ class WritableFileSystem(FileSystem):
         """The landing file of a path, which is landed where it is clean and `writing`. Raises VersionChanged
         where it is uploaded meanwhile."""
         if writing:
-            owed = self._paid(ino, who)
-            if owed is not None:
-                return owed
+            kept = self._overlay.awaited.take(ino, who)
+            if kept is not None:
+                return kept
             if not self._overlay.landed(ino):
                 entry = self._index.current(ino)
                 if entry.kind is not Kind.FILE:
@@ -468,40 +459,6 @@ class WritableFileSystem(FileSystem):
         if not writing:
             held.opened = _Bytes(opened.ino, self._overlay.open(opened.ino, writing=False), self._closed)
             opened.close()
-
-    def _owe(self, ino: int, who: int, file: LandedFile) -> None:
-        """Keep a file open for who was refused and comes again: it must be there then, as it is now. Else it
-        would be refused again where another has written, and the bucket got, the file meanwhile; and of a
-        second refusal its caller hears."""
-        with self._owing:
-            self._owed.setdefault((ino, who), []).append((file, self._clock.monotonic()))
-
-    def _paid(self, ino: int, who: int) -> LandedFile | None:
-        """What was kept open for `who`."""
-        with self._owing:
-            files = self._owed.get((ino, who))
-            if files is None:
-                return None
-            file, _ = files.pop()
-            if not files:
-                del self._owed[ino, who]
-            return file
-
-    def _give_up_owed(self, *, all: bool = False) -> None:
-        """Who was refused was killed before it came again: it is the file that it was."""
-        if not self._owed:
-            return
-        until = self._clock.monotonic() - OWED
-        late: list[tuple[int, LandedFile]] = []
-        with self._owing:
-            for (ino, who), files in list(self._owed.items()):
-                late += [(ino, file) for file, since in files if all or since <= until]
-                files[:] = [] if all else [one for one in files if one[1] > until]
-                if not files:
-                    del self._owed[ino, who]
-        for ino, file in late:
-            with suppress(DatacacheError):
-                self._overlay.closed(ino, file)
 
     def _bound(self, held: _File, writing: bool) -> Opened:
         """Open the node of a landed file, as others have it open where they do."""
@@ -600,13 +557,15 @@ class WritableFileSystem(FileSystem):
 
     def flush(self, handle: int, node: int) -> None:
         """Somebody closes the file, and may go on in another way."""
-        file = self._files.get(handle)
-        if file is not None and isinstance(file.opened, _Bytes) and file.opened.file.writing:
-            self._overlay.closes.announce(file.opened.file)
+        file, ino = self._files.get(handle), nodes.path(node)
+        if file is None:  # an earlier daemon's
+            self._overlay.closes.announce(ino, handle)
+        elif isinstance(file.opened, _Bytes) and file.opened.file.writing:
+            self._overlay.closes.announce(ino, file.opened.file)
         if self._durability is Durability.CLOSE:
-            self._overlay.sync(nodes.path(node))
+            self._overlay.sync(ino)
         if self.stores and self._early is not None:
-            self._early.store(nodes.path(node), closing=True)
+            self._early.store(ino, closing=True)
 
     def fsync(self, node: int) -> None:
         ino = nodes.path(node)
@@ -643,7 +602,7 @@ class WritableFileSystem(FileSystem):
                 try:
                     self._nodes.check(node, self._overlay.entry(ino), sole=True)
                 except Stale:
-                    self._owe(ino, who, found)
+                    self._overlay.awaited.keep(ino, who, found)
                     raise
                 opened = _Bytes(ino, found, self._closed)
                 try:
@@ -679,8 +638,9 @@ class WritableFileSystem(FileSystem):
         """Whether a handle is of this daemon."""
         return handle in self._files
 
-    def released(self, node: int, flags: int) -> None:
+    def released(self, handle: int, node: int, flags: int) -> None:
         """A handle that an earlier daemon gave out is closed; it had been opened with `flags`."""
+        self._overlay.closes.came(handle)
         self._written.drop(node)
         self._recovered.drop(node)
         if self._counted and flags & os.O_ACCMODE != os.O_RDONLY:
@@ -701,14 +661,14 @@ class WritableFileSystem(FileSystem):
 
     def leave(self) -> None:
         # What is being written is not closed, so it is not called so.
-        self._give_up_owed(all=True)
+        self._overlay.awaited.give_up(all=True)
         self._left = True
 
     def close(self) -> None:
         super().close()
         self._written.close()
         if not self._left:
-            self._give_up_owed(all=True)
+            self._overlay.awaited.give_up(all=True)
 
     # ---- in common ---------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class Early:
 
     def store(self, ino: int, *, closing: bool = False) -> None:
         """Return when the bucket has what a file holds now. `closing`: one who has it open for writing closes
-        it; where there are others, the last of them waits.
+        it; where there are others who have not, the last of them waits.
 
         Raises Unavailable where it has not in `timeout` seconds, or where somebody else has changed the
         object: what was written is in the landing zone, and uploads go on. LandingFull: there is no room for
@@ -119,7 +119,7 @@ class Early:
         deadline, tries = self._clock.monotonic() + self._timeout, 0
         while True:
             node = self._ledger.nodes.get(ino)
-            if node is None or (closing and node.writers > 1):
+            if node is None or (closing and node.writers > max(1, self._overlay.closes.announced(ino))):
                 return
             try:
                 seq = self._copy(ino)
@@ -194,15 +194,14 @@ class Early:
     def _owe(self, op: Op, number: int) -> int:
         """Owe the bucket landing file `number` before what it is owed at the close. A copy that was not begun
         yet is not sent any more."""
-        before = self._ledger.copies.get(op.ino)
+        owing, before = self._overlay.owing, self._ledger.copies.get(op.ino)
         with self._ledger.changing("copy") as batch:
             waiting = self._ledger.ops.get(before.seq) if before is not None else None
             if waiting is not None and waiting.seq not in self._ledger.running:
-                batch.drop_op(waiting)
-            batch.drop_op(op)
+                owing.drop(batch, waiting)
             now = op.since or self._clock.wall()
             seq = batch.add_op(op._replace(seq=0, landing=number, since=now, resume="")).seq
-            batch.add_op(op._replace(seq=0, id=next_id(op.id)))
+            owing.owe_last(batch, op._replace(id=next_id(op.id)), since=op.since)
         return seq
 
 

@@ -1,5 +1,6 @@
 """
-Who looks after a landing zone, each second: what its disk has left, and what could not be noted before.
+Who looks after a landing zone, each second: what its disk has left, what could not be noted before, and
+who never came for what was landed for it.
 
 Above the high watermark uploads wait for no delay, and clean copies on the same file system leave, as far
 as their pins and the policy of their tier allow; until it is below the low one. `pressure` decides, the
@@ -93,6 +94,7 @@ class Keeper:
         """One look. Raises LandingError."""
         if self._overlay.ledger.unnoted:
             self._overlay.note_closes()
+        self._overlay.awaited.give_up()
         self._looks += 1
         if not self._looks % SYNCED:
             self._overlay.sync_closed()

@@ -108,6 +108,10 @@ class Ledger:
         it does. Zero: nobody has it open any more, and that is to be noted."""
         self.unchanged: dict[int, Unchanged] = {}
         """What was landed to be written, as it was then, by node."""
+        self.due: dict[int, float] = {}
+        """When files were closed that are open again, and were not uploaded in between, by node."""
+        self.left: list[Op] = []
+        """What an earlier process has begun, and nobody goes on with; until the uploader hears of it."""
         self.copies: dict[int, Copied] = {}
         """What was last copied of files that are open for writing (`early`), by node."""
         self.rowless: set[int] = set()
@@ -244,6 +248,7 @@ class Ledger:
         self.granted.discard(ino)
         self.rowless.discard(ino)
         self.unchanged.pop(ino, None)
+        self.due.pop(ino, None)
         self.copies.pop(ino, None)
 
     def set_op(self, op: Op) -> None:

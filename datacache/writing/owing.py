@@ -52,8 +52,11 @@ class Owing:
         return f"<Owing {len(self._ledger.ops)} operations>"
 
     def attach(self, uploads: Uploads) -> None:
-        """Tell `uploads` of what is to be done."""
+        """Tell `uploads` of what is to be done, and of what an earlier process has left."""
         self._uploads = uploads
+        for op in self._ledger.left:
+            uploads.forget(op)
+        self._ledger.left.clear()
         uploads.poke()
 
     def poke(self) -> None:
@@ -84,10 +87,20 @@ class Owing:
                 batch.update_op(op._replace(ino=0))
                 batch.then(lambda op=op: self.edit(op))  # type: ignore[misc]
             else:
-                batch.drop_op(op)
-                if op.resume:
-                    batch.then(lambda op=op: self.forget(op))  # type: ignore[misc]
+                self.drop(batch, op)
         return expected, tried, mark
+
+    def drop(self, batch: Batch, op: Op) -> None:
+        """It is not owed any more, and nobody goes on with its parts."""
+        batch.drop_op(op)
+        if op.resume:
+            batch.then(lambda: self.forget(op))
+
+    def owe_last(self, batch: Batch, op: Op, *, since: float) -> None:
+        """Owe what is owed for a node after all that is owed by now. One that is under way was told to stop;
+        until it has, it is in the way of what follows, which is of its lineage."""
+        self.drop(batch, op)
+        batch.add_op(op._replace(seq=0, since=since, resume=""))
 
     def owe_put(self, batch: Batch, node: Node, there: Expected, *, due: bool, barrier: bool = False) -> None:
         """Owe the bucket a node, in place of what it was owed under the key, where it holds `there`, as far

@@ -117,6 +117,7 @@ def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[i
             ino = numbers.get(op.ino, 0)
             if op.kind is OpKind.PUT and ((not ino and op.ino) or (op.landing and op.landing not in there)):
                 change.drop_op(op.seq)  # of what was unlinked, or is not there
+                ledger.left.append(op)
                 continue
             new = op._replace(ino=ino, since=op.since or clock.wall())
             other = aside.get(op.ino)

@@ -23,13 +23,14 @@ from datacache.errors import (
 )
 from datacache.index.index import ROOT
 from datacache.reading.reader import Reader
+from datacache.writing.awaited import PATIENCE
 from datacache.writing.closing import SOON
 from datacache.writing.landing import Room
 from fuse import nodes
 from fuse.connection import Backings
 from fuse.filesystem import Attributes, Opened, Refused
 from fuse.nodes import Stale
-from fuse.writable import OWED, WritableFileSystem, _said
+from fuse.writable import WritableFileSystem, _said
 from tests.conftest import AnnouncedLogs
 from tests.support.overlays import Mounted, Place
 
@@ -693,7 +694,7 @@ def test_handles_of_an_earlier_daemon_work_by_their_node(begin: Maker, passthrou
     reading = it.files.open(it.node("new"), RO)
     if not passthrough:
         assert it.writers == {nodes.path(node): 1}, "writing by the node is not another writer"
-    it.files.released(node, WO)
+    it.files.released(handle, node, WO)
     if not passthrough:
         assert not it.writers, "who only reads does not count"
         it.mounted.drain()
@@ -765,9 +766,8 @@ def test_a_refused_open_that_would_have_emptied_a_file_leaves_it_as_it_was(it: L
     assert wanted
     with pytest.raises(Stale):
         it.files.open(it.node(name), os.O_WRONLY | os.O_TRUNC)
-    it.mounted.place.clock.advance(OWED + 1)
-    _, opened = it.make("another")  # whoever comes next finds that it is late
-    it.files.release(opened.handle)
+    it.mounted.place.clock.advance(PATIENCE + 1)
+    it.mounted.overlay.awaited.give_up()
     assert it.content(name) == wanted
     it.mounted.drain()
     assert it.content(name) == wanted
@@ -791,8 +791,8 @@ def test_who_never_comes_back_leaves_nothing_behind(it: Life) -> None:
         it.files.open(it.node("old"), RW)
     ino = nodes.path(it.node("old"))
     assert it.mounted.overlay.landed(ino)
-    it.mounted.place.clock.advance(OWED + 1)
-    it.content("d/inner")
+    it.mounted.place.clock.advance(PATIENCE + 1)
+    it.mounted.overlay.awaited.give_up()
     assert not it.mounted.overlay.landed(ino)
     assert not it.mounted.settling.ops()
     assert it.content("old") == OLD

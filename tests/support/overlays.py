@@ -362,3 +362,19 @@ class Mounted:
             if not self.pay():
                 return
         raise AssertionError(f"it does not end: {self.settling.ops()}")
+
+
+def rename(mounted: Mounted, old: str, new: str) -> None:
+    mounted.overlay.rename(*mounted.at(old), *mounted.at(new), replace=True)
+
+
+class Forgotten:
+    """In place of an uploader: what the store keeps for what, that is not wanted any more."""
+
+    def __init__(self) -> None:
+        self.forgotten: list[str] = []
+
+    def poke(self) -> None: ...
+    def stop_op(self, seq: int) -> None: ...
+    def forget(self, op: Op) -> None:
+        self.forgotten.append(op.resume)

@@ -3,7 +3,7 @@
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -338,6 +338,48 @@ def test_the_last_who_writes_waits(it: Log) -> None:
     it.early.store(ino, closing=True)
     assert it.bucket == {"a": b"onetwo"}
     it.close(ino, file)
+
+
+def test_of_two_who_close_at_once_both_wait(it: Log) -> None:
+    """The kernel tells that nobody has the file open any more later than it lets close(2) return."""
+    ino, file = it.open("/a")
+    other = it.mounted.overlay.open(ino, writing=True)
+    it.append(file, b"one")
+    for one in (file, other):
+        it.mounted.overlay.closes.announce(ino, one)
+    it.early.store(ino, closing=True)
+    assert it.bucket == {"a": b"one"}
+    it.append(other, b"two")
+    it.early.store(ino, closing=True)
+    assert it.bucket == {"a": b"onetwo"}
+    it.close(ino, file)
+    it.close(ino, other)
+
+
+def test_a_close_does_not_wait_for_an_upload_that_its_own_open_has_stopped(it: Log) -> None:
+    """It is sent what there is now, after that is over."""
+    ino, file = it.open("/a")
+    it.append(file, b"one")
+    it.close(ino, file)
+    waiting: list[Future[None]] = []
+
+    def open_again() -> None:
+        again = it.mounted.overlay.open(ino, writing=True)
+        it.append(again, b"two")
+        waiting.append(pool.submit(lambda: it.early.store(ino, closing=True)))
+        until(lambda: any(op.landing != again.landing for op in it.mounted.settling.ops()))
+        files.append(again)
+
+    files: list[LandedFile] = []
+    with ThreadPoolExecutor(1) as pool:
+        it.sink.add("put", Meanwhile(open_again))
+        assert it.uploader.flush()
+        waiting[0].result(60.0)
+    assert it.bucket == {"a": b"onetwo"}
+    it.close(ino, files[0])
+    assert it.uploader.flush()
+    assert not it.mounted.settling.dirty().files and not it.landing_files()
+    assert not it.uploader.stats().conflicts
 
 
 def test_a_store_that_refuses_is_an_error_of_the_close(it: Log, logs: AnnouncedLogs) -> None:

@@ -9,6 +9,7 @@ from datacache.config.parsing import read_settings
 from datacache.config.settings import Settings
 from datacache.errors import LandingFull, SettingError
 from datacache.writing import steps
+from datacache.writing.awaited import PATIENCE
 from datacache.writing.keeper import BARREN, Keeper, Pressure, Watermarks, pressure
 from datacache.writing.landing import Room
 from tests.conftest import AnnouncedLogs
@@ -129,6 +130,19 @@ def test_a_close_is_noted_at_the_next_look(mounted: Mounted, logs: AnnouncedLogs
     assert not mounted.pay()
     keeper(mounted, Others()).look()
     assert mounted.pay()
+
+
+def test_what_nobody_came_for_is_closed_at_the_next_look(mounted: Mounted) -> None:
+    mounted.place.bucket.put("a", b"as it is")
+    ino = mounted.overlay.resolve("/a").ino
+    mounted.overlay.awaited.keep(ino, 1, mounted.landed(ino, truncate=False))
+    one = keeper(mounted, Others())
+    one.look()
+    assert mounted.overlay.landed(ino)
+    mounted.place.clock.advance(PATIENCE)
+    one.look()
+    assert not mounted.overlay.landed(ino)
+    assert not mounted.settling.ops()
 
 
 def read(**given: object) -> Settings:

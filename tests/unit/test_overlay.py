@@ -1,14 +1,14 @@
 """What the state machine of the write path would meet too rarely."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
-from datacache.errors import OtherStore
-from datacache.writing import overlay
-from datacache.writing.journal import Op
+from datacache.errors import LandingFull, OtherStore
+from datacache.writing import overlay, steps
 from tests.conftest import AnnouncedLogs
-from tests.support.overlays import Mounted, Place
+from tests.support.overlays import Forgotten, Mounted, Place, rename
 
 
 @pytest.fixture
@@ -21,10 +21,6 @@ def mounted() -> Iterator[Mounted]:
     yield one
     one.close()
     place.remove()
-
-
-def rename(mounted: Mounted, old: str, new: str) -> None:
-    mounted.overlay.rename(*mounted.at(old), *mounted.at(new), replace=True)
 
 
 @pytest.mark.parametrize("paid", [False, True])
@@ -167,17 +163,7 @@ def test_the_name_of_a_conflict_is_told(mounted: Mounted, logs: AnnouncedLogs) -
 
 def test_parts_of_what_is_not_wanted_any_more_are_let_go(mounted: Mounted) -> None:
     """A large file is removed, or replaced, while its upload waits to go on."""
-
-    class Uploads:
-        def __init__(self) -> None:
-            self.forgotten: set[str] = set()
-
-        def poke(self) -> None: ...
-        def stop_op(self, seq: int) -> None: ...
-        def forget(self, op: Op) -> None:
-            self.forgotten.add(op.resume)
-
-    uploads = Uploads()
+    uploads = Forgotten()
     mounted.overlay.owing.attach(uploads)
     for name in ("/removed", "/replaced"):
         mounted.write(name, b"large")
@@ -185,4 +171,45 @@ def test_parts_of_what_is_not_wanted_any_more_are_let_go(mounted: Mounted) -> No
         mounted.settling.remember(op, f"parts of {name}")
     mounted.overlay.unlink(*mounted.at("/removed"))
     rename(mounted, "/a", "/replaced")
-    assert uploads.forgotten == {"parts of /removed", "parts of /replaced"}
+    assert set(uploads.forgotten) == {"parts of /removed", "parts of /replaced"}
+
+
+def test_a_file_that_is_open_again_is_not_waited_for(mounted: Mounted) -> None:
+    """Neither by a rename that comes later, nor by who asks whether all that is due is done; it is due again
+    when it is closed, and had been since its first close."""
+    mounted.write("/log", b"one\n")
+    first = next(op.since for op in mounted.settling.ops())
+    ino = mounted.overlay.resolve("/log").ino
+    for _ in range(2):
+        mounted.place.clock.advance(5.0)
+        file = mounted.landed(ino, truncate=False)
+        mounted.write("/b", b"beside")
+        rename(mounted, "/b", "/c")
+        mounted.drain()
+        assert mounted.in_bucket("c") is not None
+        assert mounted.in_bucket("log") is None
+        os.pwrite(file.descriptor, b"two\n", 4)
+        mounted.overlay.closed(ino, file)
+        assert [op.since for op in mounted.settling.ops()] == [first], "it was not put off"
+    mounted.drain()
+    stored = mounted.in_bucket("log")
+    assert stored is not None and stored.size == 8
+
+
+def test_what_cannot_be_noted_leaves_nothing_behind(mounted: Mounted) -> None:
+    """Nor does a symbolic link whose target cannot be written."""
+
+    def full(name: str) -> None:
+        if name in ("journal.before.create", "journal.before.symlink"):
+            raise LandingFull("no room")
+
+    parent, _ = mounted.at("/x")
+    steps.arm(full)
+    try:
+        with pytest.raises(LandingFull):
+            mounted.overlay.create(parent, b"x", mode=0o644, uid=0, gid=0)
+        with pytest.raises(LandingFull):
+            mounted.overlay.symlink(parent, b"x", b"target", uid=0, gid=0)
+    finally:
+        steps.arm(None)
+    assert not mounted.landing.files()

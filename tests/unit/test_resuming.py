@@ -8,7 +8,7 @@ import pytest
 
 from datacache.writing.owing import beside
 from tests.conftest import AnnouncedLogs
-from tests.support.overlays import Mounted, Place
+from tests.support.overlays import Forgotten, Mounted, Place, rename
 
 
 @pytest.fixture
@@ -155,3 +155,46 @@ def test_a_name_beside_is_a_name(name: bytes, wanted: bytes) -> None:
     """It is cut, and no character in half."""
     assert beside(name, "unsynced", "", "12345678") == wanted
     assert len(wanted) <= 255
+
+
+def test_what_takes_the_place_of_synced_bytes_is_synced(place: Place) -> None:
+    """Written beside and renamed without a sync, as many programs do: what was promised to survive is there,
+    or what came in its place is."""
+    first = Mounted(place)
+    first.write("/a", b"synced, and not in the bucket")
+    synced: set[int] = set()
+    sync = first.landing.sync
+
+    def noted(number: int) -> None:
+        sync(number)
+        synced.add(number)
+
+    first.landing.sync = noted  # type: ignore[method-assign]
+    begin(first, "/beside", b"never synced by who wrote it")
+    rename(first, "/beside", "/a")
+    first.overlay.sync_names()
+    for number in set(first.landing.files()) - synced:
+        os.truncate(os.path.join(first.landing.directory, "files", str(number)), 0)
+    first.close()
+    second = after_a_power_cut(place)
+    try:
+        assert second.tree() == {"/a": b"never synced by who wrote it", "/old": b"as it was"}
+    finally:
+        second.close()
+
+
+def test_parts_of_what_the_power_cut_took_are_let_go(place: Place) -> None:
+    first = Mounted(place)
+    first.write("/large", b"data")
+    (op,) = first.settling.ops()
+    first.settling.remember(op, "some parts")
+    os.unlink(os.path.join(first.landing.directory, "files", str(op.landing)))
+    first.close()
+    second = after_a_power_cut(place)
+    try:
+        uploads = Forgotten()
+        second.overlay.owing.attach(uploads)
+        assert uploads.forgotten == ["some parts"]
+        assert not second.settling.ops()
+    finally:
+        second.close()
