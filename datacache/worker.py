@@ -341,6 +341,7 @@ class Worker:
             path, "file", entry.size, entry.mtime_ns, version=entry.version.token, uri=f"{root}/{entry.key}",
             cached={name: count for name, count in present.items() if count},
             pinned=any(present.values()) and key in self._pins(),
+            dirty=self.writing is not None and self.writing.overlay.dirty(entry.ino),
         )  # fmt: skip
 
     def _pins(self) -> set[CacheKey]:

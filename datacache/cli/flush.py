@@ -1,6 +1,7 @@
 """`datacache flush`: return when what was written is in the bucket."""
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 ONE_WAIT = 1.0
 """Seconds that the worker waits for one answer: how often progress is shown."""
 
+DECIDE = "`mv` the file to another name, remove it, or mount with another --conflict (docs/writing.md)"
 SAID = 3
 """Reasons that are said at most."""
 _WAITS = ("under way", "waits for its turn", "waits for what was closed before")
@@ -26,7 +28,7 @@ examples:
   datacache flush /mnt/results             all that was closed there
   datacache flush /mnt/results/epoch-7 --timeout 10m
 
-exit codes: 0 it is in the bucket; 1 it is not (yet); what is left is said.
+exit codes: 0 it is in the bucket; 1 it is not (yet), or waits for a person; what is left is said.
 """
 
 
@@ -55,16 +57,23 @@ def run(args: argparse.Namespace) -> int:
 def wait(
     control: "Control", path: str, *, timeout: float, quiet: bool = False, clock: Clock | None = None
 ) -> Mapping[str, Any]:
-    """Ask a worker again and again until it is clean, for `timeout` seconds at most; its last answer."""
+    """Ask a worker again and again until it is clean, or waits for a person, for `timeout` seconds at most;
+    its last answer. Who interrupts it is told what is left."""
     clock = clock or SystemClock()
     deadline = clock.monotonic() + timeout
-    with told(quiet=quiet, clock=clock) as show:
-        while True:
-            left = max(0.0, deadline - clock.monotonic())
-            answer = control.flush(path, timeout=min(ONE_WAIT, left))
-            if answer["clean"] or left <= 0:
-                return answer
-            show(going(answer))
+    answer: Mapping[str, Any] = {}
+    try:
+        with told(quiet=quiet, clock=clock) as show:
+            while True:
+                left = max(0.0, deadline - clock.monotonic())
+                answer = control.flush(path, timeout=min(ONE_WAIT, left))
+                if answer["clean"] or answer["stuck"] or left <= 0:
+                    return answer
+                show(going(answer))
+    except KeyboardInterrupt:
+        if answer:
+            print(f"interrupted: {said(answer)}", file=sys.stderr)
+        raise
 
 
 def going(answer: Mapping[str, Any]) -> str:
@@ -76,8 +85,11 @@ def said(answer: Mapping[str, Any]) -> str:
     """What came of it, in one line."""
     if answer["clean"]:
         return "all that was closed is in the bucket" + _open(answer)
-    verb = "is" if answer["pending"] == 1 else "are"
-    return f"{_left(answer)} {verb} not done yet{_open(answer)}{_why(answer)}"
+    one = answer["pending"] == 1
+    if answer["stuck"]:
+        waits = f"{_left(answer)} {'waits' if one else 'wait'} for a person"
+        return f"{waits}{_open(answer)}{_why(answer)}; {DECIDE}"
+    return f"{_left(answer)} {'is' if one else 'are'} not done yet{_open(answer)}{_why(answer)}"
 
 
 def _left(answer: Mapping[str, Any]) -> str:

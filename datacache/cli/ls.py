@@ -70,8 +70,10 @@ def _row(item: "CachedPath", *, long: bool) -> list[str]:
     directory = item.kind == "directory"
     row = [
         "-" if directory else format_size(item.size),
-        "-" if directory else share(_most(item), item.size) if item.size else "100 %",
-        (",".join(tier for tier, count in item.cached.items() if count) or "-")
+        "-" if directory or item.dirty else share(_most(item), item.size) if item.size else "100 %",
+        "dirty"
+        if item.dirty
+        else (",".join(tier for tier, count in item.cached.items() if count) or "-")
         + (" pinned" if item.pinned else ""),
     ]
     if long:
@@ -99,8 +101,9 @@ def _stat(item: "CachedPath", *, json: bool) -> None:
         lines += [
             (f"in {tier}", f"{count} ({share(count, item.size)})") for tier, count in item.cached.items()
         ]
-        lines += [("cached", "no")] if not any(item.cached.values()) and item.size else []
+        lines += [("cached", "no")] if not (any(item.cached.values()) or item.dirty) and item.size else []
         lines += [("pinned", "yes" if item.pinned else "no")]
+        lines += [("dirty", "yes: not in the bucket yet")] if item.dirty else []
     width = max(len(name) for name, _ in lines) + 1
     for name, value in lines:
         print(f"{name + ':':<{width}} {value}")

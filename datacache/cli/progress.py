@@ -23,6 +23,8 @@ LOOK = 0.25
 """Seconds between two looks at a job: a bar that moves; a look costs the worker microseconds."""
 LINE = 5.0
 """Seconds between two lines where there is no terminal: a log that can be read later."""
+SAME = 60.0
+"""... that say the same."""
 FIRST = 2.0
 """... and until the first of them: whoever waits longer wants to know for what."""
 
@@ -85,13 +87,15 @@ def told(
     out = out or sys.stderr
     clock, live = clock or SystemClock(), not quiet and out.isatty()
     due = clock.monotonic() + FIRST
+    last, again = "", 0.0
 
     def update(text: str) -> None:
-        nonlocal due
+        nonlocal due, last, again
+        now = clock.monotonic()
         if live:
             print(f"\r\x1b[K{text}", end="", file=out, flush=True)
-        elif not quiet and clock.monotonic() >= due:
-            due = clock.monotonic() + LINE
+        elif not quiet and now >= due and (text != last or now >= again):
+            due, last, again = now + LINE, text, now + SAME
             print(text, file=out, flush=True)
 
     try:

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from datacache.cli import flags
 from datacache.cli.flush import said, wait
-from datacache.cli.tables import as_json
+from datacache.cli.tables import as_json, count
+from datacache.config.settings import Conflict
 from datacache.errors import SettingError
 from datacache.model import parse_duration
 
@@ -30,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("directory", metavar="DIR", help="the landing zone (--landing of the mount)")
     parser.add_argument("--timeout", metavar="DURATION", default="inf", help="give up then; default inf")
+    parser.add_argument(
+        "--conflict", metavar="HOW", default=Conflict.KEEP_BOTH,
+        help="somebody else has changed an object: keep-both (ours beside it, the default), overwrite, fail",
+    )  # fmt: skip
     flags.add_json_flag(parser)
 
 
@@ -51,12 +56,16 @@ def run(args: argparse.Namespace) -> int:
         given = {
             "uri": [f"{point.uri}={point.path}" for point in dataset.mounts], "rw": True,
             "landing": directory, "state": f"{place}/state", "cache": [f"ssd:{place}/cache=1MiB"],
+            "conflict": args.conflict,
         }  # fmt: skip
         settings = read_settings(given, config_file=None, environment=os.environ)
         with Worker(replace(settings, dataset=dataset)) as worker:
             answer = wait(worker, "/", timeout=timeout, quiet=args.json)
+            conflicts = worker.status()["writing"]["dirty_conflicts"]
     if args.json:
-        print(as_json({"directory": directory, "dataset": dataset.name, **answer}))
+        found = {"directory": directory, "dataset": dataset.name, "conflicts": conflicts}
+        print(as_json({**found, **answer}))
     else:
-        print(f"{directory}: {said(answer)}")
+        met = f"; {count(conflicts, 'conflict')} ({args.conflict})" if conflicts else ""
+        print(f"{directory}: {said(answer)}{met}")
     return 0 if answer["clean"] else 1

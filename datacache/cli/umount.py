@@ -9,8 +9,9 @@ import argparse
 import os
 import select
 import signal
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datacache.errors import ControlError, MountError, SettingError
 from datacache.model import format_size
@@ -69,22 +70,25 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if mountpoint.clean_stale(directory):
         return 0
+    left = ""
     if worker is not None and not (args.leave or args.lazy or args.force):
         _settle(worker, directory, drain=args.drain)
+    elif worker is not None:
+        left = _left(worker)
     # Opened before the unmount: afterwards the number may belong to another process.
     daemon = _process(worker.pid) if worker is not None else -1
     try:
         if mountpoint.is_mounted(directory) is not None:  # else it is on its way out already
             mountpoint.unmount(directory, lazy=args.lazy, force=args.force)
         if args.lazy:
-            print(f"{directory}: detached; its daemon ends when the last open file is closed")
+            print(f"{directory}: detached; its daemon ends when the last open file is closed{left}")
             return 0
         if worker is not None:
             _wait_for(daemon, worker.pid, force=args.force)
     finally:
         if daemon >= 0:
             os.close(daemon)
-    print(f"{directory}: unmounted")
+    print(f"{directory}: unmounted{left}")
     return 0
 
 
@@ -93,15 +97,16 @@ def _settle(worker: "Registration", directory: str, *, drain: bool) -> None:
     from datacache.cli import flush, targets
     from datacache.cli.tables import count
 
-    control = targets.Place(worker, "/").control(timeout=ASK_TIMEOUT)
-    try:
-        writing = control.status().get("writing")
-    except ControlError:
-        return  # it does not answer: what it wrote is durable, and nothing is won by waiting
+    writing = _written(worker)
     if not writing:
         return
     if drain:
+        control = targets.Place(worker, "/").control(timeout=ASK_TIMEOUT)
         answer = flush.wait(control, "/", timeout=float("inf"))
+        if answer["stuck"]:
+            raise MountError(
+                f"{directory}: {flush.said(answer)}; --leave unmounts, and leaves it in the landing zone"
+            )
         if answer["open"]:
             raise MountError(
                 f"{directory}: {count(answer['open'], 'file')} open for writing, so not in the bucket; close "
@@ -109,10 +114,44 @@ def _settle(worker: "Registration", directory: str, *, drain: bool) -> None:
             )
     elif writing["dirty_due"] or writing["dirty_files"]:
         raise MountError(
-            f"{directory}: {count(writing['dirty_files'], 'file')} ({format_size(writing['dirty_bytes'])}), "
-            f"{count(writing['dirty_due'], 'change')} in all, not in the bucket yet; --drain waits for that, "
+            f"{directory}: {_amount(writing)}; --drain waits for that, "
             "--leave unmounts now, and the next mount with this landing zone uploads it"
         )
+
+
+def _written(worker: "Registration") -> Mapping[str, Any] | None:
+    """What `status` says of writes; None where nothing can be written, or it does not answer: what it wrote
+    is durable, and nothing is won by waiting."""
+    from datacache.cli import targets
+
+    try:
+        return targets.Place(worker, "/").control(timeout=ASK_TIMEOUT).status().get("writing")
+    except ControlError:
+        return None
+
+
+def _amount(writing: Mapping[str, Any]) -> str:
+    from datacache.cli.tables import count
+
+    files, size = count(writing["dirty_files"], "file"), format_size(writing["dirty_bytes"])
+    parts = [f"{files} ({size}) not in the bucket yet"]
+    if writing["dirty_open"]:
+        parts.append(f"{writing['dirty_open']} open for writing")
+    if writing["dirty_due"]:
+        parts.append(f"{count(writing['dirty_due'], 'operation')} due")
+    return ", ".join(parts)
+
+
+def _left(worker: "Registration") -> str:
+    """What stays in the landing zone of a mount that goes without a look at that."""
+    writing = _written(worker)
+    if not writing or not (writing["dirty_due"] or writing["dirty_files"]):
+        return ""
+    landing = writing["landing"]
+    return (
+        f"; {_amount(writing)}: it stays in {landing}, and the next mount with that, "
+        f"or `datacache recover {landing}`, uploads it"
+    )
 
 
 def _worker(target: str, mounted: str) -> "Registration | None":

@@ -26,6 +26,8 @@ class CachedPath:
     cached: dict[str, int] = field(default_factory=dict)
     """Bytes present by tier name."""
     pinned: bool = False
+    dirty: bool = False
+    """Written, or renamed, and not in the bucket like that yet."""
 
 
 class Control(Protocol):

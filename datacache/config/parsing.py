@@ -85,6 +85,10 @@ class _Given(NamedTuple):
     value: Any
 
 
+_WRITES = ("writing.", "upload.")
+"""Sections of settings that say how it is written."""
+
+
 def read_settings(
     flags: Mapping[str, Any], *, config_file: str | None, environment: Mapping[str, str]
 ) -> Settings:
@@ -483,6 +487,11 @@ def _check_together(values: dict[str, dict[str, Any]], given: Mapping[str, _Give
     _check_landing(values.setdefault("writing", {}), given)
     if values.get("writing", {}).get("enabled"):
         _check_writable(values, given)
+    else:
+        for key, one in given.items():
+            # A variable may be there for all mounts of a machine.
+            if key != "rw" and KEYS[key].field.startswith(_WRITES) and not one.name.startswith(PREFIX):
+                raise SettingError(one.name, one.value, "--rw with it: nothing is written without")
     if "snapshot" in given:
         index = values["index"]
         if index.get("consistency", Consistency.IMMUTABLE) is not Consistency.IMMUTABLE:

@@ -57,7 +57,7 @@ class Writing:
         dirty = self.settling.dirty()
         return {
             "clean": flushed.complete and not unnoted,
-            "pending": dirty.due, "open": dirty.open, "bytes": dirty.bytes,
+            "pending": dirty.due, "open": dirty.open, "bytes": dirty.bytes, "stuck": flushed.stuck,
             "errors": [*self._unnoted(unnoted), *self.uploader.reasons(flushed.left)][:20],
         }  # fmt: skip
 

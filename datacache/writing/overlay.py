@@ -228,6 +228,10 @@ class Overlay:
         node = self.ledger.nodes.get(ino)
         return node is not None and node.landing > 0
 
+    def dirty(self, ino: int) -> bool:
+        """Whether the bucket does not have a path as it is here."""
+        return ino in self.ledger.nodes
+
     def attributes(self, entry: Entry) -> Attributes:
         """What a path has beside its bytes."""
         node = self.ledger.nodes.get(entry.ino)

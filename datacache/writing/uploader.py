@@ -137,6 +137,8 @@ class Flushed:
     """The first few that are not."""
     count: int = 0
     """How many are not."""
+    stuck: bool = False
+    """None of these goes on before a person has decided something."""
 
     def __bool__(self) -> bool:
         return self.complete
@@ -331,8 +333,9 @@ class Uploader:
                     left = sorted(flush.left)
                     # A conflict may have put our version under a name of its own: that is to get there, too.
                     again = not left and self._conflicts != seen and up_to is None and not self._closed
+                    stuck = bool(left) and self._is_stuck(flush)
                 if not again:
-                    return Flushed(not left, self._reasons(left[:REASONED]), len(left))
+                    return Flushed(not left, self._reasons(left[:REASONED]), len(left), stuck)
         finally:
             with self._lock:
                 self._flushes.discard(flush)
@@ -648,6 +651,12 @@ class Uploader:
     def _tell(self, flush: _Flush) -> None:
         if flush.left <= self._plan.parked:
             flush.event.set()
+
+    def _is_stuck(self, flush: _Flush) -> bool:
+        """Whether only a person can help: what is left waits for one, or for what does."""
+        if not self._plan.parked or self._closed:
+            return False
+        return not any(seq in self._running or self._plan.may(seq) for seq in flush.urgent)
 
     def _hurry(self, flush: _Flush, wanted: set[int], urgent: set[int]) -> None:
         """Have somebody wait for `wanted`, and `urgent` go first."""

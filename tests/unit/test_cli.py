@@ -528,6 +528,8 @@ def test_evict_pin_and_unpin(worker: FakeControl, say: Said, tmp_path: Path) -> 
     assert say("rm", "images:/img", "--cache-only", "--dry-run")[1].endswith("would be evicted\n")
     code, _, err = say("rm", "images:/img")
     assert (code, "--cache-only" in err) == (2, True), "files are rm(1)'s to remove"
+    code, _, err = say("rm", "images:/img", "--cach-only")
+    assert (code, "did you mean --cache-only" in err) == (2, True)
     assert say("pin", "images:/img")[1] == "images:/img: 3 files pinned\n"
     assert json.loads(say("unpin", "images:/img", "--json")[1])["pinned"] is False
     assert worker.asked == [

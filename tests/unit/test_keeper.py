@@ -149,6 +149,14 @@ def read(**given: object) -> Settings:
     return read_settings({"uri": ["memory://x"], "rw": True, **given}, config_file=None, environment={})
 
 
+def test_how_it_is_written_says_nothing_without_rw() -> None:
+    """But by a variable, which may be there for all mounts of a machine."""
+    with pytest.raises(SettingError, match=r"--upload-delay.*--rw with it: nothing is written without"):
+        read_settings({"uri": ["memory://x"], "upload-delay": "1s"}, config_file=None, environment={})
+    environment = {"DATACACHE_UPLOAD_DELAY": "1s"}
+    read_settings({"uri": ["memory://x"]}, config_file=None, environment=environment)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

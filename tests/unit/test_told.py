@@ -56,11 +56,11 @@ def test_status_says_what_is_not_in_the_bucket_and_why() -> None:
     ]
 
 
-def mounted(tmp_path: Path) -> Worker:
+def mounted(tmp_path: Path, **more: object) -> Worker:
     (tmp_path / "bucket").mkdir()
     given = {
         "uri": [f"file://{tmp_path}/bucket"], "rw": True, "state": f"{tmp_path}/state",
-        "cache": [f"ssd:{tmp_path}/cache=1MiB"],
+        "cache": [f"ssd:{tmp_path}/cache=1MiB"], **more,
     }  # fmt: skip
     return Worker(read_settings(given, config_file=None, environment={}))
 
@@ -123,16 +123,39 @@ BUSY = {
     "open": 0,
     "bytes": 1 << 20,
     "errors": ["upload of 'a': under way", AWAY],
+    "stuck": False,
 }
-CLEAN = {"clean": True, "pending": 0, "open": 0, "bytes": 0, "errors": []}
+CLEAN = {"clean": True, "pending": 0, "open": 0, "bytes": 0, "errors": [], "stuck": False}
+PARKED = BUSY | {"pending": 1, "stuck": True, "errors": ["'d': somebody else has changed it"]}
 
 
 def test_who_waits_is_told_for_what(capfd: pytest.CaptureFixture[str], clock: VirtualClock) -> None:
-    """After two seconds, and again and again; of a mere wait there is no reason to be said."""
-    control: Any = Slow(clock, *[BUSY] * 8, CLEAN)
+    """After two seconds, and then when there is something new, or after a minute; of a mere wait there is no
+    reason to be said."""
+    control: Any = Slow(clock, *[BUSY] * 64, *[BUSY | {"pending": 11}] * 8, CLEAN)
     assert flush.wait(control, "/", timeout=float("inf"), clock=clock)["clean"]
     line = f"12 operations (1.0 MiB) to go: {AWAY}"
-    assert capfd.readouterr().err.splitlines() == [line, line]
+    assert capfd.readouterr().err.splitlines() == [line, line, line.replace("12", "11")]
+
+
+def test_who_waits_for_a_person_waits_no_longer(clock: VirtualClock) -> None:
+    control: Any = Slow(clock, BUSY, PARKED)
+    assert flush.wait(control, "/", timeout=float("inf"), clock=clock) == PARKED
+
+
+def test_who_interrupts_it_is_told_what_is_left(
+    capfd: pytest.CaptureFixture[str], clock: VirtualClock
+) -> None:
+    class Interrupted(Slow):
+        def flush(self, path: str, *, timeout: float) -> dict[str, Any]:
+            if len(self.answers) == 1:
+                raise KeyboardInterrupt
+            return super().flush(path, timeout=timeout)
+
+    control: Any = Interrupted(clock, BUSY, BUSY)
+    with pytest.raises(KeyboardInterrupt):
+        flush.wait(control, "/", timeout=float("inf"), clock=clock)
+    assert capfd.readouterr().err == f"interrupted: 12 operations are not done yet: {AWAY}\n"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +166,11 @@ def test_who_waits_is_told_for_what(capfd: pytest.CaptureFixture[str], clock: Vi
         (CLEAN | {"open": 2}, "all that was closed is in the bucket; 2 files are open for writing"),
         (BUSY, f"12 operations are not done yet: {AWAY}"),
         (BUSY | {"pending": 1, "errors": []}, "1 operation is not done yet"),
+        (
+            PARKED,
+            "1 operation waits for a person: 'd': somebody else has changed it; `mv` the file to another "
+            "name, remove it, or mount with another --conflict (docs/writing.md)",
+        ),
     ],
 )
 def test_what_came_of_a_flush(answer: dict[str, Any], line: str) -> None:
@@ -156,7 +184,7 @@ def test_umount_refuses_while_something_is_not_in_the_bucket(monkeypatch: pytest
     """`umount` refuses or waits (`--drain`) while dirty, and says so."""
     answers(monkeypatch, CLEAN)
     with pytest.raises(
-        MountError, match=r"/mnt: 3 files \(5.0 MiB\), 4 changes in all, not in the bucket yet"
+        MountError, match=r"/mnt: 3 files \(5.0 MiB\) not in the bucket yet, 1 open for writing, 4 operations"
     ):
         umount._settle(REGISTRATION, "/mnt", drain=False)
     umount._settle(REGISTRATION, "/mnt", drain=True)
@@ -167,6 +195,45 @@ def test_a_drain_says_that_files_are_open(monkeypatch: pytest.MonkeyPatch) -> No
     answers(monkeypatch, CLEAN | {"open": 1})
     with pytest.raises(MountError, match="/mnt: 1 file open for writing, so not in the bucket"):
         umount._settle(REGISTRATION, "/mnt", drain=True)
+
+
+def test_a_drain_ends_where_only_a_person_can_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, PARKED)
+    with pytest.raises(MountError, match=r"1 operation waits for a person: 'd': .*--leave unmounts"):
+        umount._settle(REGISTRATION, "/mnt", drain=True)
+
+
+def test_who_leaves_it_is_told_what_stays_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, CLEAN)
+    said = umount._left(REGISTRATION)
+    assert "3 files (5.0 MiB) not in the bucket yet" in said
+    assert "it stays in /nvme/landing" in said
+    assert "`datacache recover /nvme/landing`" in said
+
+
+def test_a_flush_tells_of_what_waits_for_a_person(tmp_path: Path, logs: AnnouncedLogs) -> None:
+    """Also of what waits for that: a rename of it. Somebody else has changed the object."""
+    logs.expect("ours is not uploaded (conflict: fail)")
+    logs.expect("so it is not deleted")
+    with mounted(tmp_path, conflict="fail") as worker:
+        assert worker.writing is not None
+        bucket, overlay = tmp_path / "bucket", worker.writing.overlay
+        root = worker.index.resolve("/").ino
+        ino = overlay.create(root, b"a", mode=0o644, uid=0, gid=0).ino
+        file = overlay.open(ino, writing=True)
+        (bucket / "a").write_bytes(b"theirs")
+        overlay.closed(ino, file)
+        answer = worker.flush("/", timeout=10)
+        while not answer["stuck"]:
+            answer = worker.flush("/", timeout=10)
+        assert (answer["clean"], answer["pending"]) == (False, 1)
+        assert worker.stat("/a").dirty
+        overlay.rename(root, b"a", root, b"b", replace=False)
+        answer = worker.flush("/", timeout=30)
+        assert (answer["clean"], answer["stuck"]) == (True, False)
+        assert not worker.stat("/b").dirty
+    assert (bucket / "a").read_bytes() == b"theirs"
+    assert (bucket / "b").exists()
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, *those: dict[str, Any]) -> None:

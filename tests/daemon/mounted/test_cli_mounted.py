@@ -118,7 +118,7 @@ def test_from_mount_to_umount(shell: Shell) -> None:
     loaded = json.loads(shell.do("load", str(shell.mnt), "--json"))
     assert (loaded["state"], loaded["files_done"], loaded["files_skipped"]) == ("done", 3, 3)
     assert "100 %" in shell.do("ls", str(shell.mnt / "img"))
-    assert "1 files" in shell.do("evict", str(shell.mnt / "img" / "1.jpg"))
+    assert "1 file," in shell.do("evict", str(shell.mnt / "img" / "1.jpg"))
     assert "cached:" in shell.do("stat", str(shell.mnt / "img" / "1.jpg"))
     assert "all as they should be" in shell.do("verify", str(shell.mnt))
 
