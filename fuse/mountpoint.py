@@ -60,6 +60,12 @@ class MountInfo:
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
+def mountinfo() -> bytes:
+    """What is mounted here, as `parse_mountinfo` takes it."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        return table.read()
+
+
 def parse_mountinfo(text: bytes) -> list[MountInfo]:
     """The lines of a mountinfo file, oldest first. See proc_pid_mountinfo(5)."""
     mounts = []
@@ -80,8 +86,7 @@ def _unescape(field: bytes) -> str:
 
 def _mounts() -> dict[str, MountInfo]:
     """The topmost mount of each directory."""
-    with open("/proc/self/mountinfo", "rb") as table:
-        return {mount.directory: mount for mount in parse_mountinfo(table.read())}
+    return {mount.directory: mount for mount in parse_mountinfo(mountinfo())}
 
 
 def _find(directory: str) -> MountInfo | None:

@@ -2,7 +2,7 @@
 `datacache doctor`: check this machine, the cache and the store, and say what to do.
 
 Each check is a function from what it looks at to a `Finding`; none raises, none waits long, none
-changes anything (a tier is tried with a file that is removed again).
+changes anything (a tier is tried with a file that is removed again, and with --rw a store with an object).
 """
 
 import argparse
@@ -27,6 +27,7 @@ from datacache.telemetry import redact
 
 if TYPE_CHECKING:
     from datacache.config.settings import Settings, TierSettings
+    from datacache.sources.sink import Sink
     from datacache.sources.source import Source
 
 OLDEST_KERNEL = (5, 4)
@@ -109,7 +110,7 @@ def _all(settings: "Settings | None", *, allow_other: bool) -> Iterator[Finding]
     for tier in settings.cache.tiers:
         yield from tier_findings(tier, reserve=settings.cache.reserve)
     if settings.writing.enabled:
-        yield landing_zone(settings)
+        yield from landing_zone(settings)
     for mount in settings.dataset.mounts:
         yield from store(mount, settings)
 
@@ -199,6 +200,8 @@ def portable_driver(*, native: bool) -> Finding:
 
 def tier_findings(tier: "TierSettings", *, reserve: float) -> Iterator[Finding]:
     """Whether the directory of a tier can be written, is what its medium says, and has room."""
+    from fuse import mountpoint
+
     name = f"{tier.medium.value} tier"
     directory = _existing(tier.path)
     if not os.path.isdir(directory):
@@ -215,9 +218,7 @@ def tier_findings(tier: "TierSettings", *, reserve: float) -> Iterator[Finding]:
     finally:
         with suppress(OSError):
             os.unlink(probe)
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        table = mounts.read()
-    yield _file_system(name, tier, file_system_type(directory, table))
+    yield _file_system(name, tier, file_system_type(directory, mountpoint.mountinfo()))
     space = os.statvfs(directory)
     total, free = space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
     usable = free - int(total * reserve)
@@ -243,21 +244,40 @@ def tier_findings(tier: "TierSettings", *, reserve: float) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def landing_zone(settings: "Settings") -> Finding:
-    """Whether files need to be copied between the landing zone and the cache."""
+def landing_zone(settings: "Settings") -> Iterator[Finding]:
+    """Whether a power cut leaves the landing zone alone, and whether files need to be copied between it and
+    the cache."""
     from datacache.writing.opening import landing_directory, tier_beside
+    from fuse import mountpoint
 
     directory, beside = landing_directory(settings), tier_beside(settings)
+    yield from landing_disk(directory, file_system_type(directory, mountpoint.mountinfo()))
     if beside:
-        return Finding(
+        yield Finding(
             "landing zone", "ok", f"{directory}: on the file system of {beside}; no copies are made"
         )
-    return Finding(
+        return
+    yield Finding(
         "landing zone", "warn",
         f"{directory}: on another file system than the cache: what is uploaded is copied into that, and what "
         "is changed out of it",
         "--landing DIR, or --cache ssd:DIR, on the file system of the other",
     )  # fmt: skip
+
+
+def landing_disk(directory: str, kind: str) -> Iterator[Finding]:
+    """What is wrong with a landing zone on a file system of type `kind`."""
+    if kind in ("tmpfs", "ramfs"):
+        yield Finding(
+            "landing zone", "warn",
+            f"{directory} is on {kind}: what is written is lost with the power until it is in the bucket",
+            "--landing DIR, on a disk",
+        )  # fmt: skip
+    elif kind.startswith("fuse.") and "ceph" not in kind:
+        yield Finding(
+            "landing zone", "fail", f"{directory} is on {kind}: in another mount of a user's program",
+            "--landing DIR, on a disk of this machine or a CephFS",
+        )  # fmt: skip
 
 
 def file_system_type(directory: str, table: bytes) -> str:
@@ -308,7 +328,7 @@ def _existing(path: str) -> str:
 
 def store(mount: MountPoint, settings: "Settings") -> Iterator[Finding]:
     """Whether the store answers, lets us in, and what it can do."""
-    from datacache.sources.opening import open_source
+    from datacache.sources.opening import open_sink, open_source
 
     patience = dataclasses.replace(settings.sources, timeout=min(settings.sources.timeout, PATIENCE))
     source = open_source(mount, settings=patience, environment=settings.environment, clock=SystemClock())
@@ -316,6 +336,12 @@ def store(mount: MountPoint, settings: "Settings") -> Iterator[Finding]:
         yield from source_findings(source, may_be_empty=settings.writing.enabled)
     finally:
         source.close()
+    if settings.writing.enabled:
+        sink = open_sink(mount, patience, environment=settings.environment, clock=SystemClock())
+        try:
+            yield write_finding(sink)
+        finally:
+            sink.close()
     url = clock_url(mount, settings.environment)
     if url:
         yield skew(url, SystemClock(), ask=_date)
@@ -357,6 +383,52 @@ def source_findings(source: "Source", *, may_be_empty: bool = False) -> Iterator
         "ok",
         "by version id" if traits.versioned else "by entity tag; overwritten objects are gone",
     )
+
+
+def write_finding(sink: "Sink") -> Finding:
+    """Whether objects can be put and deleted: one is, and nothing of it stays."""
+    from datacache.sources.sink import NOTHING
+
+    key = f".datacache-doctor-{os.urandom(8).hex()}"
+    try:
+        probe = Probe(b"Put here by `datacache doctor --rw`; it can be deleted.\n")
+        stored = sink.put(key, probe, expected=NOTHING, metadata={}, put=probe)
+    except DatacacheError as error:
+        return Finding("write", "fail", f"nothing can be put: {redact(str(error))}", _advice(error))
+    try:
+        sink.delete(key, expected=stored.info.version)
+    except DatacacheError as error:
+        return Finding(
+            "write", "fail", f"objects can be put, but not deleted: {redact(str(error))}; {key!r} stays",
+            _advice(error),
+        )  # fmt: skip
+    if not sink.traits.conditional:
+        return Finding(
+            "write", "warn", "objects can be put and deleted; conditional: no",
+            "what somebody else writes in the very moment of an upload is overwritten (docs/limits.md)",
+        )  # fmt: skip
+    return Finding("write", "ok", "objects can be put and deleted; conditional: yes")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A `Content` that is put once, by the `Put` that it is, too."""
+
+    data: bytes
+    resume: str = ""
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self.data[offset : offset + length]
+
+    def stopped(self) -> bool:
+        return False
+
+    def sent(self, count: int) -> None: ...
+    def remember(self, state: str) -> None: ...
 
 
 def _first_byte(source: "Source", key: str) -> Finding:

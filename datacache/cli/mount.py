@@ -95,6 +95,8 @@ def mount(settings: "Settings", *, foreground: bool) -> int:
     if (already := _already(settings)) is not None:
         return already
     mountpoint.check_target(directory, mountpoint.places(settings))
+    if settings.writing.enabled:
+        _check_landing(settings)
     _check_runtime(settings.runtime)
     if not foreground and not settings.log_file:
         settings = replace(settings, log_file=_log_in(settings.state))
@@ -304,6 +306,20 @@ def real(directory: str) -> str:
         return ""
     info = mountpoint.is_mounted(directory)
     return info.directory if info is not None else os.path.realpath(directory)
+
+
+def _check_landing(settings: "Settings") -> None:
+    """Warn of a landing zone that no power cut may meet. Raises SettingError for one that cannot be."""
+    from datacache.cli import doctor
+    from datacache.writing.opening import landing_directory
+    from fuse import mountpoint
+
+    directory = landing_directory(settings)
+    kind = doctor.file_system_type(directory, mountpoint.mountinfo())
+    for found in doctor.landing_disk(directory, kind):
+        if found.state == "fail":
+            raise SettingError("--landing", directory, f"a directory on a disk or a CephFS; it is on {kind}")
+        _say(f"warning: {found.text}; {found.advice}")
 
 
 def _already(settings: "Settings") -> int | None:

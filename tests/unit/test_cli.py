@@ -39,7 +39,7 @@ from datacache.errors import (
 )
 from datacache.model import Buffer, ByteRange, Dataset, GiB, Medium, MiB, MountPoint, ObjectInfo, Version
 from datacache.reading.job import LoadRequest, LoadStatus
-from datacache.sources.memory import MemorySource
+from datacache.sources.memory import MemorySink, MemorySource
 from datacache.sources.source import Page
 from fuse import mountpoint
 
@@ -858,11 +858,46 @@ def test_doctor_says_whether_files_are_copied_between_cache_and_landing_zone(tmp
         dataset=Dataset("x", (MountPoint("s3://x"),)), state=str(tmp_path / "state"), runtime=str(tmp_path),
         cache=CacheSettings(tiers=(TierSettings(Medium.SSD, str(tmp_path / "not made" / "cache"), MiB),)),
     )  # fmt: skip
-    found = doctor.landing_zone(one)
+    *_, found = doctor.landing_zone(one)
     assert (found.state, f"ssd:{tmp_path}" in found.text) == ("ok", True)
     if os.path.ismount("/dev/shm"):
         elsewhere = dataclasses.replace(one, writing=WritingSettings(landing="/dev/shm/not made"))
-        assert doctor.landing_zone(elsewhere).state == "warn"
+        volatile, copied = doctor.landing_zone(elsewhere)
+        assert (volatile.state, copied.state) == ("warn", "warn")
+        assert "lost with the power" in volatile.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "states"),
+    [("ext4", []), ("ceph", []), ("fuse.ceph-fuse", []), ("tmpfs", ["warn"]), ("fuse.datacache", ["fail"])],
+)
+def test_doctor_on_the_disk_of_a_landing_zone(kind: str, states: list[str]) -> None:
+    assert [found.state for found in doctor.landing_disk("/x", kind)] == states
+
+
+def test_doctor_puts_an_object_and_removes_it() -> None:
+    """Nobody's is overwritten, and nothing of it stays."""
+    bucket = MemorySource()
+    found = doctor.write_finding(MemorySink(bucket))
+    assert (found.state, found.text) == ("ok", "objects can be put and deleted; conditional: yes")
+    assert (bucket.requests["put"], bucket.requests["delete"]) == (1, 1)
+    assert not [page for page in bucket.list("", recursive=True) if page.objects]
+
+
+@pytest.mark.parametrize("call", ["put", "delete"])
+def test_doctor_says_that_credentials_are_for_reading_only(call: str) -> None:
+    def denied(*args: object, **more: object) -> Any:
+        raise Denied("s3://b/x is forbidden")
+
+    bucket = MemorySource()
+    sink = MemorySink(bucket)
+    setattr(sink, call, denied)
+    found = doctor.write_finding(sink)
+    assert (found.state, "forbidden" in found.text) == ("fail", True)
+    assert "check the credentials" in found.advice
+    stays = [info.key for page in bucket.list("", recursive=True) for info in page.objects]
+    assert len(stays) == (call == "delete")
+    assert all(repr(key) in found.text for key in stays)
 
 
 def test_doctor_on_tiers(tmp_path: Path) -> None:
