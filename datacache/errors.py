@@ -41,6 +41,13 @@ hold a secret. The cause is always chained.
     + IndexFull           ... or its disk has no room for what is new
   x MountError            the kernel, the mount point, or the way to it
   x ControlError          a running mount that cannot be reached, or refuses
+  x VolumeError           a volume of Kubernetes, or a call for one
+    + NoSuchVolume        there is none of this name, or not at this place
+    + VolumeDiffers       it is there already, but not as it is asked for
+    + VolumeBusy          another call for the same volume is under way
+    + VolumeInUse         somebody still needs what was to be taken away
+    + NotStaged           what has to come before has not
+    + TookTooLong         the time that the caller gave was over
 """
 
 
@@ -206,3 +213,31 @@ class MountError(DatacacheError):
 
 class ControlError(DatacacheError):
     """A running mount cannot be reached, or refuses what was asked."""
+
+
+class VolumeError(DatacacheError):
+    """A volume of Kubernetes, or a call for one."""
+
+
+class NoSuchVolume(VolumeError):
+    """There is no volume of this name, or it is not at this place."""
+
+
+class VolumeDiffers(VolumeError):
+    """The volume is there already, with other attributes or in another mode."""
+
+
+class VolumeBusy(VolumeError):
+    """Another call for the same volume is under way. To be tried again."""
+
+
+class VolumeInUse(VolumeError):
+    """Somebody still needs what was to be taken away. To be tried again."""
+
+
+class NotStaged(VolumeError):
+    """What has to come before this call has not come."""
+
+
+class TookTooLong(VolumeError):
+    """What was asked for did not end in the time that the caller gave. To be tried again."""

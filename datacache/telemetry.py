@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Collection
 from typing import Any, TextIO
 
 _SECRET = re.compile(
@@ -26,6 +27,13 @@ def redact(text: str) -> str:
     """`text` with the values of anything that looks like a secret replaced by ***."""
     text = _USERINFO.sub(r"\g<scheme>***@", text)
     return _SECRET.sub(r"\g<name>\g<sep>***", text)
+
+
+def hide(text: str, secrets: Collection[str]) -> str:
+    """`text` without the values `secrets`, whatever brought them there: for who knows them."""
+    for value in sorted(filter(str.strip, secrets), key=len, reverse=True):
+        text = text.replace(value, "***")
+    return text
 
 
 def _redact_field(name: str, value: str) -> str:

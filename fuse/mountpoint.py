@@ -53,6 +53,8 @@ class MountInfo:
     fstype: str
     source: str
     """What is mounted, as `df` shows it."""
+    read_only: bool
+    """Whether nothing can be written through this mount; others of the same device may differ."""
 
 
 # ---- the mount table -----------------------------------------------------------------------------
@@ -75,8 +77,11 @@ def parse_mountinfo(text: bytes) -> list[MountInfo]:
         dash = fields.index(b"-", 6)
         fstype, source = fields[dash + 1 : dash + 3]
         mounts.append(
-            MountInfo(_unescape(fields[4]), fields[2].decode(), _unescape(fstype), _unescape(source))
-        )
+            MountInfo(
+                _unescape(fields[4]), fields[2].decode(), _unescape(fstype), _unescape(source),
+                read_only=b"ro" in fields[5].split(b","),
+            )
+        )  # fmt: skip
     return mounts
 
 
@@ -84,21 +89,21 @@ def _unescape(field: bytes) -> str:
     return os.fsdecode(_OCTAL.sub(lambda m: bytes([int(m[1], 8)]), field))
 
 
-def _mounts() -> dict[str, MountInfo]:
-    """The topmost mount of each directory."""
+def mounts() -> dict[str, MountInfo]:
+    """The topmost mount of each directory, whosever it is."""
     return {mount.directory: mount for mount in parse_mountinfo(mountinfo())}
 
 
-def _find(directory: str) -> MountInfo | None:
-    """The mount at `directory`, found without touching it."""
-    mounts = _mounts()
+def find(directory: str) -> MountInfo | None:
+    """The mount at `directory`, whosever it is, found without touching it."""
+    table = mounts()
     path = os.path.abspath(directory)
     for _ in range(_SYMLINKS):
-        if path in mounts:
-            return mounts[path]
+        if path in table:
+            return table[path]
         path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-        if path in mounts:
-            return mounts[path]
+        if path in table:
+            return table[path]
         try:
             target = os.readlink(path)
         except OSError:
@@ -109,7 +114,7 @@ def _find(directory: str) -> MountInfo | None:
 
 def is_mounted(directory: str) -> MountInfo | None:
     """The mount of ours at `directory`, if there is one. Never touches the mount."""
-    mount = _find(directory)
+    mount = find(directory)
     return mount if mount is not None and mount.fstype == FSTYPE else None
 
 
@@ -122,33 +127,47 @@ def is_stale(directory: str) -> bool:
     A daemon that is there and does not answer is not stale: its files may come back.
     """
     mount = is_mounted(directory)
-    return mount is not None and _statfs_outside(mount.directory) in (errno.ENOTCONN, errno.ECONNABORTED)
+    return mount is not None and statvfs(mount.directory) in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def left_behind(served: Collection[str]) -> list[MountInfo]:
     """Stale mounts of ours; those at the directories `served` are known not to be, and are not asked."""
-    ours = [mount for mount in _mounts().values() if mount.fstype == FSTYPE]
+    ours = [mount for mount in mounts().values() if mount.fstype == FSTYPE]
     return [mount for mount in ours if mount.directory not in served and is_stale(mount.directory)]
 
 
-def _statfs_outside(directory: str) -> int | None:
-    """The errno of statfs, asked by another process; 0 when it works, None when there is no answer in time.
+def statvfs(directory: str) -> os.statvfs_result | int | None:
+    """statvfs(3) of `directory`, asked by another process: what it says, the errno when it fails, None when
+    there is no answer within `_PROBE_TIMEOUT`.
 
     Not `subprocess`: that waits for a child that it killed, and one that hangs in a mount cannot die.
     """
-    program = "import os,sys\ntry: os.statvfs(sys.argv[1])\nexcept OSError as e: sys.exit(e.errno)"
-    child = os.posix_spawn(sys.executable, [sys.executable, "-ISc", program, directory], os.environ)
-    with _pidfd(child) as ended:
-        poll = select.poll()
-        poll.register(ended, select.POLLIN)
-        if not poll.poll(_PROBE_TIMEOUT * 1000):
-            os.kill(child, signal.SIGKILL)
-            # Reaped if it can die; else it stays behind, until the mount answers or is taken down.
-            if not poll.poll(100):
+    program = (
+        "import os,sys\n"
+        "try: print(*os.statvfs(sys.argv[1]))\n"
+        "except OSError as e: sys.exit(e.errno)"
+    )  # fmt: skip
+    read, write = os.pipe()
+    with open(read, "rb") as said:
+        try:
+            child = os.posix_spawn(
+                sys.executable, [sys.executable, "-ISc", program, directory], os.environ,
+                file_actions=[(os.POSIX_SPAWN_DUP2, write, 1)],
+            )  # fmt: skip
+        finally:
+            os.close(write)
+        with _pidfd(child) as ended:
+            poll = select.poll()
+            poll.register(ended, select.POLLIN)
+            if not poll.poll(_PROBE_TIMEOUT * 1000):
+                os.kill(child, signal.SIGKILL)
+                # Reaped if it can die; else it stays behind, until the mount answers or is taken down.
+                if not poll.poll(100):
+                    return None
+                os.waitpid(child, 0)
                 return None
-            os.waitpid(child, 0)
-            return None
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return code or os.statvfs_result([int(word) for word in said.read().split()])
 
 
 @contextlib.contextmanager

@@ -32,6 +32,15 @@ PREFIX = "DATACACHE_"
 """What the names of our variables begin with."""
 INF = float("inf")
 
+_CREDENTIAL = re.compile(
+    r"(AWS|OSS|ALIBABA_CLOUD|GOOGLE|GCS|CLOUDSDK|AZURE|ARM|FSSPEC|HF|S3)_[A-Z0-9_]+", re.ASCII
+)
+
+
+def is_credential(variable: str) -> bool:
+    """Whether the environment variable `variable` is one of a store's client: who we are to it, and how."""
+    return _CREDENTIAL.fullmatch(variable) is not None
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -25,8 +25,8 @@ TABLE = rb"""22 27 0:21 / /proc rw,relatime - proc proc rw
 def test_the_mount_table_is_read_with_its_escapes() -> None:
     """Blanks, backslashes and bytes of any encoding; optional fields or none."""
     mounts = parse_mountinfo(TABLE)
-    assert mounts[1] == MountInfo("/", "254:0", "ext4", "/dev/vda")
-    assert mounts[2] == MountInfo("/mnt/a b\\c", "0:39", "fuse.datacache", "s3://bucket/a b")
+    assert mounts[1] == MountInfo("/", "254:0", "ext4", "/dev/vda", read_only=False)
+    assert mounts[2] == MountInfo("/mnt/a b\\c", "0:39", "fuse.datacache", "s3://bucket/a b", read_only=True)
     assert os.fsencode(mounts[3].directory) == "/mnt/grün".encode()
 
 
@@ -55,17 +55,17 @@ def test_a_mount_is_found_through_links_without_touching_it(tmp_path: Path) -> N
     (tmp_path / "up").symlink_to("/")
     (tmp_path / "loop").symlink_to("loop")
     for path in ("link", "up/proc", "up/proc/.", "nothing/../link"):
-        found = mountpoint._find(str(tmp_path / path))
+        found = mountpoint.find(str(tmp_path / path))
         assert found is not None, path
         assert found.fstype == "proc"
-    assert mountpoint._find(str(tmp_path / "loop")) is None
-    assert mountpoint._find(str(tmp_path / "nothing")) is None
+    assert mountpoint.find(str(tmp_path / "loop")) is None
+    assert mountpoint.find(str(tmp_path / "nothing")) is None
 
 
 def test_the_state_of_a_file_system_is_asked_by_another_process(tmp_path: Path) -> None:
     """So that one that hangs hangs nobody else; errors come back as their errno."""
-    assert mountpoint._statfs_outside(str(tmp_path)) == 0
-    assert mountpoint._statfs_outside(str(tmp_path / "nothing")) == 2
+    assert isinstance(mountpoint.statvfs(str(tmp_path)), os.statvfs_result)
+    assert mountpoint.statvfs(str(tmp_path / "nothing")) == 2
 
 
 def test_who_keeps_a_mount_busy_is_named(tmp_path: Path) -> None:

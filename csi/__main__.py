@@ -1,0 +1,177 @@
+"""
+`datacache-csi`: the driver of one node, until it is told to end.
+
+SIGTERM and SIGINT drain it: no new calls, those under way are given time. Mounts stay; the next driver finds
+them.
+"""
+
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from types import FrameType
+
+from datacache.cli.main import Parser, UsageError
+from datacache.errors import DatacacheError, SettingError
+from datacache.kube.release import DRIVER
+from datacache.telemetry import redact, set_up_logging
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "datacache-csi"
+GRACE = 25.0
+"""Seconds that calls under way are given at the end: Kubernetes kills after 30."""
+
+EXAMPLES = """\
+examples:
+  datacache-csi --node-id "$NODE_NAME"
+  datacache-csi --node-id node1 --kubelet-dir /data/kubelet
+
+It mounts, so it needs root, and the kubelet's directory with mount propagation both ways (docs/csi.md).
+"""
+
+
+def parser() -> Parser:
+    """The command line."""
+    made = Parser(PROGRAM)
+    made.description = f"The CSI driver {DRIVER} of one node: data sets as volumes of pods."
+    made.epilog = EXAMPLES
+    made.add_argument("--node-id", metavar="NAME", default="", help="the name of this node ($NODE_NAME)")
+    made.add_argument(
+        "--kubelet-dir", metavar="DIR", default="/var/lib/kubelet",
+        help="the kubelet's directory, at the path at which the kubelet has it (default: %(default)s)",
+    )  # fmt: skip
+    made.add_argument(
+        "--endpoint", metavar="unix:///PATH", default="",
+        help=f"where calls are answered (default: plugins/{DRIVER}/csi.sock in the kubelet's directory)",
+    )  # fmt: skip
+    made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    made.add_argument("--log-format", default="text", choices=("text", "json"))
+    return made
+
+
+def serve(*, node_id: str, kubelet: str, endpoint: str) -> None:
+    """Answer calls until a signal. Raises SettingError for what was named wrongly."""
+    # Here, since help and mistakes need none of it.
+    from csi.controller import Controller
+    from csi.identity import Identity
+    from csi.mounter.linux import LinuxMounter
+    from csi.node import Node
+    from csi.records import Records
+    from csi.registration import Registration
+    from csi.server import Server
+    from csi.v1 import csi_pb2, registration_pb2
+
+    home = os.path.join(kubelet, "plugins", DRIVER)
+    registry = os.path.join(kubelet, "plugins_registry")
+    if not os.path.isdir(registry):
+        raise SettingError("--kubelet-dir", kubelet, "the kubelet's directory, with plugins_registry in it")
+    path = _socket(endpoint, os.path.join(home, "csi.sock"))
+    records = Records(os.path.join(home, "volumes"))
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        records.open()
+    except OSError as error:
+        raise SettingError("--kubelet-dir", kubelet, f"one that can be written ({error.strerror})") from error
+    environment = dict(os.environ)
+    node = Node(LinuxMounter(), records, node_id=node_id, kubelet=kubelet, environment=environment)
+    services = csi_pb2.DESCRIPTOR.services_by_name
+    calls = Server(
+        path,
+        [
+            (services["Identity"], Identity(version("dataset-cache"))),
+            (services["Controller"], Controller(environment)),
+            (services["Node"], node),
+        ],
+    )
+    registering = registration_pb2.DESCRIPTOR.services_by_name["Registration"]
+    announced = Server(
+        os.path.join(registry, f"{DRIVER}-reg.sock"), [(registering, Registration(path))]
+    )  # fmt: skip
+    with ExitStack() as running, _Told() as told:
+        calls.start()
+        running.callback(calls.stop, GRACE)
+        announced.start()  # last, since the kubelet calls at once; and it goes first
+        running.callback(announced.stop, 1.0)
+        log.info("%s answers at %s for node %s", DRIVER, path, node_id)
+        told.wait()
+        log.info("told to end; the mounts stay")
+
+
+class _Told:
+    """Waits for a signal that ends us."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def __enter__(self) -> "_Told":
+        self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait(self) -> None:
+        self._event.wait()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._event.set()
+
+
+def _socket(endpoint: str, default: str) -> str:
+    if not endpoint:
+        return default
+    path = re.fullmatch(r"unix:(?://)?(/[^\0]+)", endpoint)
+    if path is None:
+        raise SettingError("--endpoint", endpoint, "unix:// and an absolute path")
+    return path[1]
+
+
+def _node(given: str) -> str:
+    name = given or os.environ.get("NODE_NAME", "")
+    # It becomes the value of a label.
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name, re.ASCII):
+        raise SettingError("--node-id", name, "the name of this node, up to 63 letters, digits, dots, dashes")
+    return name
+
+
+def _kubelet(given: str) -> str:
+    if not given.startswith("/") or "\0" in given:
+        raise SettingError("--kubelet-dir", given, "an absolute path")
+    return os.path.normpath(given)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (this process's by default); the exit code."""
+    try:
+        try:
+            args = parser().parse(sys.argv[1:] if argv is None else argv)
+        except SystemExit as done:  # argparse has printed the help
+            return int(done.code or 0)
+        node_id, kubelet = _node(args.node_id), _kubelet(args.kubelet_dir)
+        set_up_logging(level=args.log_level, style=args.log_format)
+        serve(node_id=node_id, kubelet=kubelet, endpoint=args.endpoint)
+    except (UsageError, SettingError) as error:
+        return _fail(2, str(error))
+    except DatacacheError as error:
+        return _fail(1, str(error))
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("grpc", "google"):
+            raise
+        return _fail(1, f"{error.name} is missing: pip install 'dataset-cache[kubernetes]'")
+    return 0
+
+
+def _fail(code: int, message: str) -> int:
+    sys.stderr.write(f"{PROGRAM}: error: {redact(message)}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
