@@ -23,8 +23,8 @@ MAX_TEXT = 128
 _INLINE = "csi.storage.k8s.io/ephemeral"
 _NOTES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 """What the kubelet and the provisioner add to a volume's attributes begins with one of these."""
-_DATASET = ("dataset", "namespace", "uid")
-"""Attributes of the volume of a Dataset."""
+_DATASET = "dataset"
+"""The attribute that makes a volume that of a Dataset."""
 _WRITES = ("writing.", "upload.")
 """Sections of settings that mean nothing without the write path."""
 _OURS = frozenset(("directory", "allow-other"))
@@ -100,10 +100,11 @@ def settings(
     """
     given: dict[str, str | list[str]] = {}
     check_persistent(volume_id, context)
+    if _DATASET in context:
+        expected = "a uri: volumes of Datasets are not there yet"
+        raise SettingError(_named(_DATASET), context[_DATASET], expected)
     for name, text in attributes(context).items():
         key = name.replace("_", "-")
-        if key in _DATASET:
-            raise SettingError(_named(name), text, "a uri: volumes of Datasets are not there yet")
         if key in _OURS:
             raise SettingError(_named(name), text, "none: it follows from what a volume is")
         if key in given:

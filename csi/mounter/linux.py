@@ -94,8 +94,9 @@ class LinuxMounter:
         log.warning("%s does not answer: its connection is aborted", directory)
         code, said = _datacache(["umount", directory, "--force"], within=_FORCE)
         if code and mountpoint.is_mounted(directory) is not None:
-            code, said = _datacache(["umount", directory, "--lazy"], within=_FORCE)
-        if mountpoint.is_mounted(directory) is not None:
+            _datacache(["umount", directory, "--lazy"], within=_FORCE)
+            code, said = _datacache(["umount", directory, "--force"], within=_FORCE)  # for its processes
+        if code or mountpoint.is_mounted(directory) is not None:
             raise MountError(said)
 
     def binds(self, directory: str) -> list[str]:

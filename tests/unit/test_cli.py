@@ -568,7 +568,7 @@ def test_status_of_all_of_one_and_as_json(worker: FakeControl, say: Said, tmp_pa
 
 def test_status_without_mounts(say: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     """No mount is no error."""
-    monkeypatch.setattr(mountpoint, "_mounts", dict)  # other users of this machine may have some
+    monkeypatch.setattr(mountpoint, "mounts", dict)  # other users of this machine may have some
     assert say("status") == (0, "nothing is mounted\n", "")
     assert json.loads(say("status", "--json")[1]) == {"mounts": []}
 

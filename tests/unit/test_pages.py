@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from csi.__main__ import parser as driver_parser
 from datacache.cache.catalogue import Catalogue
 from datacache.cli import fstab
 from datacache.cli.main import COMMANDS, command_parser
@@ -74,12 +75,8 @@ def test_there_are_commands_on_the_pages() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_of_the_pages_exist(page: Path) -> None:
     """A flag that a page names is one of some command."""
-    known = {
-        option
-        for name in COMMANDS
-        for action in command_parser(name)._actions
-        for option in action.option_strings
-    }
+    parsers = [*map(command_parser, COMMANDS), driver_parser()]
+    known = {option for one in parsers for action in one._actions for option in action.option_strings}
     named = {flag for piece in code(page) for flag in re.findall(r"(?:^|\s)(--[a-z][a-z-]*)", piece)}
     assert named <= known | OTHERS
 
