@@ -37,6 +37,7 @@ from datacache.config.keys import (
     WATERMARK,
     Kind,
     applicable,
+    is_credential,
     spell_size,
 )
 from datacache.config.settings import (
@@ -69,9 +70,8 @@ _OUTSIDE = {f"{PREFIX}CONFIG", f"{PREFIX}RUNTIME"}
 # A Kubernetes service called datacache* puts these into the environment of every pod beside it.
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_(TCP|UDP|SCTP).*)?$")
 
-_FOR_SOURCES = re.compile(
-    r"(AWS|OSS|ALIBABA_CLOUD|GOOGLE|GCS|CLOUDSDK|AZURE|ARM|FSSPEC|HF|S3)_.*"
-    r"|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|HOME|SSL_CERT_(FILE|DIR)|(REQUESTS|CURL)_CA_BUNDLE"
+_ON_THE_WAY = re.compile(
+    r"(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|HOME|SSL_CERT_(FILE|DIR)|(REQUESTS|CURL)_CA_BUNDLE"
 )
 
 
@@ -136,7 +136,7 @@ def read_settings(
         mount=MountSettings(**values.get("mount", {})),
         writing=WritingSettings(**values.get("writing", {})),
         upload=UploadSettings(**values.get("upload", {})),
-        environment={k: v for k, v in environment.items() if _FOR_SOURCES.fullmatch(k)},
+        environment={k: v for k, v in environment.items() if is_credential(k) or _ON_THE_WAY.fullmatch(k)},
         **values[""],
     )
 
