@@ -522,17 +522,21 @@ class FileSystem:
 
     def _fetched(self, file: _File) -> Lent | None:
         """Make a small file whole in the cache. Where it cannot be kept, what was fetched serves the reads
-        of this open, so it is held open meanwhile."""
+        of this open, so it is held open meanwhile. Raises Stale where the store has another version now."""
         if not 0 < file.entry.size <= FETCHED_AT_OPEN:
             return None
         opened = file.ready(self._reader)
-        with suppress(DatacacheError):  # a read will meet it again, and say so
+        try:
             self._reader.fetch(file.entry)
-            if (lent := self._reader.lend(file.entry)) is not None:
-                file.opened = None
-                opened.close()
-                return lent
-        return None
+        except (NotFound, VersionChanged) as gone:
+            if self._index.outdated(file.entry):
+                raise Stale(str(gone)) from gone
+        except DatacacheError:
+            return None  # a read will meet it again, and say so
+        if (lent := self._reader.lend(file.entry)) is not None:
+            file.opened = None
+            opened.close()
+        return lent
 
     def _let_go(self, file: _File) -> None:
         if file.passed is not None and self._backings is not None:
@@ -545,8 +549,9 @@ class FileSystem:
 
         `node`, where the driver knows it, tells what to read for a handle that is not ours.
         """
+        known = self._files.get(handle)
         try:
-            if (known := self._files.get(handle)) is not None:
+            if known is not None:
                 return known.ready(self._reader).read(offset, size)
             if not node:
                 raise Refused(errno.EBADF)
@@ -558,7 +563,10 @@ class FileSystem:
                     return data
             with self._recovered.use(node, self._entry) as file:
                 return file.ready(self._reader).read(offset, size)
-        except NotFound as gone:
+        except (NotFound, VersionChanged) as gone:
+            self._index.outdated(known.entry if known is not None else self._entry(node))  # for the next open
+            if isinstance(gone, VersionChanged):
+                raise
             # The name was there when it was opened: what the reader has lost is this version.
             raise VersionChanged(f"the object is no longer in the store: {gone}") from gone
 

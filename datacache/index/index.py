@@ -70,6 +70,10 @@ class Index(Protocol):
         """A number that is another one when the entries of directory `parent`, as they are known, are others;
         None where they may not be believed."""
 
+    def outdated(self, entry: Entry) -> bool:
+        """The store says that it has not this version any more: find out what it has, before the TTL is over.
+        Whether that is something else. May block; raises nothing."""
+
     @property
     def pinned(self) -> bool:
         """Whether nothing ever changes: a directory, once it is listed, stays as it is, all of them do."""

@@ -24,14 +24,22 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from cachetools import LRUCache
 
 from datacache.clock import Clock
 from datacache.config.settings import Consistency, IndexSettings
-from datacache.errors import IndexFull, NoSuchPath, NotADirectory, NotFound, Unavailable, WrongBytes
+from datacache.errors import (
+    DatacacheError,
+    IndexFull,
+    NoSuchPath,
+    NotADirectory,
+    NotFound,
+    Unavailable,
+    WrongBytes,
+)
 from datacache.index import names, walking
 from datacache.index.database import DIRECTORY, FILE, NO_MOUNT, Changing, Database, ListedRow, Merged
 from datacache.index.index import ROOT, IndexStats
@@ -205,6 +213,18 @@ class LiveIndex:
         directory = self._directory(parent)
         edition = directory.edition
         return edition if self._fresh(directory) else None
+
+    def outdated(self, entry: Entry) -> bool:
+        with suppress(DatacacheError):
+            now = self._latest(entry.ino)
+            if now is None or now.version != entry.version:
+                return True
+            if self._ttl != float("inf") and entry.mount >= 0:
+                parent, known = self.entry(entry.parent), now
+                self._once("ask", entry.ino, lambda: self._ask(parent, known))
+                now = self._latest(entry.ino)
+                return now is None or now.version != entry.version
+        return False
 
     @property
     def pinned(self) -> bool:

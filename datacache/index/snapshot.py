@@ -126,6 +126,9 @@ class SnapshotIndex:
     def edition(self, parent: int) -> int | None:
         return 0
 
+    def outdated(self, entry: Entry) -> bool:
+        return False
+
     @property
     def pinned(self) -> bool:
         return True

@@ -202,6 +202,9 @@ class Overlay:
     def edition(self, parent: int) -> int | None:
         return None  # what is written here has none
 
+    def outdated(self, entry: Entry) -> bool:
+        return entry.ino not in self.ledger.nodes and self._index.outdated(entry)
+
     def resolve(self, path: str) -> Entry:
         return walking.resolve(self, path)
 

@@ -472,6 +472,8 @@ def test_a_version_that_is_neither_cached_nor_in_the_bucket_is_estale(
     assert it.files.failed("read", gone.value) == errno.ESTALE
     assert it.files.stats()["errors"] == {"VersionChanged": 1}
     it.files.release(handle)
+    now = it.files.lookup(ROOT, b"a.txt").node
+    assert not now if deleted else it.content(now) == b"second", "who looks next need not wait for the TTL"
 
 
 def test_an_archived_object_fails_with_a_sentence_that_says_so(make: Maker, logs: AnnouncedLogs) -> None:

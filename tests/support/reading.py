@@ -111,6 +111,9 @@ class ListedIndex:
     def edition(self, parent: int) -> int | None:
         return 0
 
+    def outdated(self, entry: Entry) -> bool:
+        return False
+
     @property
     def pinned(self) -> bool:
         return True

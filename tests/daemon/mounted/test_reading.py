@@ -149,6 +149,29 @@ def test_a_version_that_is_neither_cached_nor_in_the_store_is_estale(daemon: Sta
     assert (mounted.directory / "f").read_bytes() == b"other" * 1000
 
 
+@pytest.mark.parametrize("io", [IO.SERVED, IO.PASSTHROUGH])
+def test_who_opens_it_next_need_not_wait_for_the_ttl(
+    daemon: Start, bucket: Path, driver: str, io: IO
+) -> None:
+    """The store has said that the version is gone. A small file is fetched at its open where the kernel reads
+    it then, so nobody sees an error."""
+    if driver == "pyfuse3" and io is IO.PASSTHROUGH:
+        pytest.skip("pyfuse3 passes nothing through")
+    put(bucket / "f", b"first" * 1000)
+    put(bucket / "gone", b"first" * 1000)
+    mounted = daemon(io=io)
+    assert sorted(os.listdir(mounted.directory)) == ["f", "gone"]
+    put(bucket / "f", b"other" * 1000)
+    os.unlink(bucket / "gone")
+    if io is IO.SERVED:
+        for name in ("f", "gone"):
+            with pytest.raises(OSError, match="Stale"):
+                (mounted.directory / name).read_bytes()
+    assert (mounted.directory / "f").read_bytes() == b"other" * 1000
+    with pytest.raises(FileNotFoundError):
+        (mounted.directory / "gone").read_bytes()
+
+
 def test_names_come_and_go_with_the_store(daemon: Start, bucket: Path) -> None:
     """No such object: ENOENT, before it is there and when it is gone."""
     mounted = daemon(index=EAGER)
