@@ -70,7 +70,9 @@ class LinuxMounter:
             raise MountError(said)
 
     def owed(self, directory: str) -> str:
-        worker = registry.find(runtime_directory(os.environ), directory)
+        # By name: `registry.find` looks where a path leads, and this one may hang.
+        workers = registry.live(runtime_directory(os.environ))
+        worker = next((known for known in workers if known.mount == directory), None)
         if worker is None:
             return ""
         try:

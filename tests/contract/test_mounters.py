@@ -3,13 +3,14 @@
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from csi.mounter import fake
+from csi.mounter import fake, linux
 from csi.mounter.fake import FakeMounter
 from csi.mounter.linux import LinuxMounter, surroundings
 from datacache.cluster import registry
@@ -159,6 +160,28 @@ class TestLinuxMounter(MounterContract):
             reader.wait()
         assert made.mounter.at(str(staging)) is None
         assert not os.path.exists(f"/proc/{daemon}") or _is_zombie(daemon)
+
+    def test_what_a_mount_owes_is_asked_without_touching_it(
+        self, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One that hangs would keep whoever looks at it: nothing is owed, as far as anybody knows."""
+        monkeypatch.setattr(linux, "_ASK", 0.5)
+        staging = tmp_path / "staging"
+        made.mounter.show(str(staging), {**made.tree(), "attr-timeout": "0s"}, {}, within=60)
+        broker = registry.find(str(tmp_path / "run"), str(staging))
+        assert broker is not None
+        stopped = (broker.pid, ControlClient(broker.socket).status()["pid"])
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        asked: list[str] = []
+        asking = threading.Thread(target=lambda: asked.append(made.mounter.owed(str(staging))), daemon=True)
+        asking.start()
+        asking.join(20)
+        in_time = list(asked)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        asking.join(30)
+        assert in_time == [""]
 
     def test_a_mount_takes_only_the_time_that_it_is_given(self, made: Made, tmp_path: Path) -> None:
         """It is given up, and leaves nothing."""
