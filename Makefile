@@ -13,7 +13,7 @@ KEEP   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/datacache-dev
 export DATACACHE_TOOLS := $(KEEP)/bin
 
 VERSITYGW_VERSION := v1.8.0
-PACKAGES := gcc pkg-config libfuse3-dev fuse3 python3-dev python3-venv fio xfsprogs
+PACKAGES := gcc pkg-config libfuse3-dev fuse3 python3-dev python3-venv fio xfsprogs openssl
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .PHONY: help
@@ -53,6 +53,10 @@ setup: $(VENV)/installed ## system packages, virtual environment, our packages
 .PHONY: s3-server
 s3-server: $(DATACACHE_TOOLS)/versitygw-$(VERSITYGW_VERSION) ## a real S3 server for tests, demo and benchmarks
 
+.PHONY: cluster-tools
+cluster-tools: setup ## etcd, Kubernetes, helm, kwok and csi-sanity from Go modules, once (10 CPU minutes)
+	@$(BIN)/python tests/cluster/binaries.py
+
 # Real files for the demo: an icon theme for the small ones, two archives for the large ones. Where
 # Debian's packages cannot be had, the demo takes the files of the Python installation instead.
 DEMO_THEME := adwaita-icon-theme
@@ -75,9 +79,15 @@ demo: setup ## mount a bucket, prewarm it, read two epochs of it, and see what i
 .PHONY: test
 test: setup s3-server lint ## every level of tests that this machine can run, at most 15 minutes
 	@rm -f .coverage .coverage.*
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/coverage run -m pytest -m 'not long' $(ARGS)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/coverage run -m pytest -m 'not long and not cluster' $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=90 | tail -n 40
+
+	@echo "left out: a real Kubernetes (make test-cluster), tests that take minutes each (make test-long)"
+
+.PHONY: test-cluster
+test-cluster: setup s3-server cluster-tools ## the tests on a real Kubernetes, at most 35 minutes from nothing
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m cluster $(ARGS) tests/cluster
 
 .PHONY: test-long
 test-long: setup s3-server ## the tests that take minutes each

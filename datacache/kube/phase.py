@@ -331,6 +331,11 @@ def _amounts(seen: Observed, before: Mapping[str, Any]) -> dict[str, Any]:
                 for each in sorted(figures, key=lambda each: (-each.cached, each.node))[:SHOWN_NODES]
             ],
         }
+        found["shown"] = {
+            "ufsTotal": format_size(total),
+            "cached": format_size(found["cached"]),
+            **({"cachedPercentage": f"{found['cachedPercentage']}%"} if total else {}),
+        }
     if seen.writable:
         found["dirty"] = {
             "bytes": sum(each.dirty for each in figures),
@@ -338,6 +343,8 @@ def _amounts(seen: Observed, before: Mapping[str, Any]) -> dict[str, Any]:
             "operations": sum(each.owed for each in figures),
             "nodes": dirty_nodes(seen, before),
         }
+        # `kubectl get` shows a number as it stands; people want another unit.
+        found["shown"] = found.get("shown", {}) | {"dirty": format_size(found["dirty"]["bytes"])}
     return found
 
 

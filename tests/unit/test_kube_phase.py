@@ -18,7 +18,7 @@ from datacache.kube.phase import (
     news,
     status,
 )
-from datacache.model import GiB
+from datacache.model import GiB, MiB
 
 NOW, LATER = "2026-11-26T21:00:00Z", "2026-11-26T22:00:00Z"
 UP = Workers(wanted=2, ready=2, updated=2, current=True)
@@ -85,6 +85,13 @@ def test_amounts_are_the_workers_own() -> None:
     assert found["cachedPercentage"] == 75, "of the fullest node: copies on two nodes are not two halves"
     assert found["hitRatio"] == "0.900"
     assert found["nodes"] == [{"name": "a", "cached": 3 * GiB}, {"name": "b", "cached": GiB}]
+
+
+def test_amounts_are_shown_to_people_in_units() -> None:
+    shown = status(WELL, {}, now=NOW)["shown"]
+    assert shown == {"ufsTotal": "4.0 GiB", "cached": "4.0 GiB", "cachedPercentage": "75%"}
+    written = replace(WELL, writable=True, figures=(Figures("a", 0, 0, 0, dirty=5 * MiB, owed=1),))
+    assert status(written, {}, now=NOW)["shown"] == {"ufsTotal": "0 B", "cached": "0 B", "dirty": "5.0 MiB"}
 
 
 def test_nothing_is_said_of_amounts_that_nobody_knows() -> None:

@@ -1,0 +1,29 @@
+"""Tests on a real control plane: one for all of them, as it takes five seconds to start."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.binaries import NotBuilt
+from tests.cluster.plane import ControlPlane, control_plane
+
+_HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(_HERE):
+            item.add_marker(pytest.mark.cluster)
+            item.add_marker(pytest.mark.timeout(600))  # its first test starts the control plane
+
+
+@pytest.fixture(scope="session")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    with contextlib.ExitStack() as stack:
+        try:
+            running = stack.enter_context(control_plane(tmp_path_factory.mktemp("plane", numbered=False)))
+        except NotBuilt as error:  # `make test-cluster` builds first
+            pytest.skip(str(error))
+        yield running
