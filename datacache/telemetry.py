@@ -12,10 +12,12 @@ import sys
 from collections.abc import Collection
 from typing import Any, TextIO
 
+# `token-file` is where tokens lie, and no secret: an error has to name it.
 _SECRET = re.compile(
     r"""(?ix)
-    (?P<name> secret[\w-]* | password | passwd | token[\w-]* | [\w-]*_token | signature | x-amz-security-token
-      | x-amz-signature | authorization | sas | sig | account_?key | shared_?access_?key )
+    (?P<name> secret[\w-]* | password | passwd | token(?!-file)[\w-]* | [\w-]*_token | signature
+      | x-amz-security-token | x-amz-signature | authorization | sas | sig | account_?key
+      | shared_?access_?key )
     (?P<sep> ["']?\s*[:=>]\s*["']? )
     (?P<value> (?:bearer\s+|basic\s+|aws4-hmac-sha256\s+)? [^\s"'&,;}<]+ )
     """

@@ -107,7 +107,7 @@ class Worker:
         self._jobs: deque[str] = deque(maxlen=_JOBS_SHOWN)
         self._pins_lock = threading.Lock()
         self._known_pins: set[CacheKey] | None = None  # guarded by the lock
-        self._closing = threading.Event()
+        self._closing, self._draining = threading.Event(), threading.Event()
         self.socket = registry.socket_path(
             settings.runtime, dataset=settings.dataset.name, mount=mount, pid=self._pid
         )
@@ -218,6 +218,24 @@ class Worker:
 
     # Control
 
+    def ready(self) -> str:
+        if self._closing.is_set():
+            return "the worker ends"
+        return "the worker drains" if self._draining.is_set() else ""
+
+    def drain(self, *, timeout: float) -> dict[str, Any]:
+        deadline = self.clock.monotonic() + timeout
+        if not self._draining.is_set():
+            _log.info("%s: draining", self.settings.dataset.name)
+        self._draining.set()
+        self.loads.stop()
+        loads = self.loads.running(until=deadline)
+        left: dict[str, Any] = {"clean": True, "pending": 0, "open": 0, "bytes": 0, "errors": []}
+        if self.writing is not None:
+            left = self.writing.flush(None, timeout=max(0.0, deadline - self.clock.monotonic()))
+        clean = left.pop("clean")
+        return {"drained": clean and not loads and not left["open"], "loads": loads, **left}
+
     def status(self) -> dict[str, Any]:
         """How everything is; docs/operations.md describes the keys."""
         reads = asdict(self.reader.stats())
@@ -231,6 +249,7 @@ class Worker:
             "started": self._started,
             "uptime": self.clock.monotonic() - self._since,
             "rss_bytes": _resident(),
+            "draining": self._draining.is_set(),
             "consistency": "immutable" if self.settings.dataset.manifest else str(index.consistency),
             "snapshot": index.snapshot,
             "state": self.settings.state,

@@ -370,7 +370,7 @@ def _built(
         def offer() -> None:
             from datacache.cluster.server import ControlServer
 
-            control = ControlServer(worker, worker.socket, metrics=settings.metrics)
+            control = ControlServer(worker, worker.socket, metrics=settings.metrics, remote=settings.api)
             offered.callback(control.close)
             control.start()
 

@@ -124,10 +124,16 @@ WRITING = (
 )  # fmt: skip
 DAEMON = (
     Flag("metrics", "HOST:PORT", "serve Prometheus metrics there; default: not at all"),
+    Flag("listen", "HOST:PORT", "answer a controller there: health, metrics, status, load jobs, drain "
+         "(docs/api.md); default: not at all"),
+    Flag("token-file", "FILE", "... if it shows one of the tokens in FILE, one a line; needed unless HOST is "
+         "loopback"),
+    Flag("tls-cert", "FILE", "... over TLS, with this certificate in PEM"),
+    Flag("tls-key", "FILE", "... and its key"),
     Flag("log-level", "LEVEL", "debug, info, warning or error; default info"),
     Flag("log-format", "FORMAT", "text or json; default text"),
     Flag("log-file", "FILE", "default: mount.log in the state directory; in the foreground standard error"),
-)
+)  # fmt: skip
 _NAMES = {flag.name for flag in (*DATASET, *CACHE, *READING, *STORE, *MOUNT, *WRITING, *DAEMON)}
 
 
@@ -145,6 +151,11 @@ def add_mount_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the FUSE mount and its daemon."""
     _add(parser, "the mount", MOUNT)
     add_writing_flags(parser)
+    add_daemon_flags(parser)
+
+
+def add_daemon_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of what serves until it is told to end."""
     _add(parser, "the daemon", DAEMON)
 
 

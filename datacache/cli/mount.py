@@ -91,6 +91,10 @@ def mount(settings: "Settings", *, foreground: bool) -> int:
     directory = settings.mount.directory
     for point in settings.dataset.mounts:
         check_mount(point, settings.environment)
+    if settings.api.listen:
+        from datacache.cluster.credentials import admission
+
+        admission(settings.api)
     mountpoint.clean_stale(directory)
     if (already := _already(settings)) is not None:
         return already
@@ -119,7 +123,7 @@ def _mounted(settings: "Settings", *, foreground: bool) -> int:
             print(f"{settings.dataset.name}: mounted at {directory}")
             return 0
         _say(f"{settings.dataset.name}: mounted at {directory}; Ctrl-C unmounts")
-        _tell_systemd("READY=1")
+        tell_systemd("READY=1")
         return daemon.accompany()
     except BaseException:
         daemon.stop()
@@ -413,7 +417,7 @@ def _ask_the_store(directory: str, *, may_be_empty: bool) -> None:
         _say(f"warning: mounted, but there is nothing below {', '.join(worker.uris)}; check the prefix")
 
 
-def _tell_systemd(state: str) -> None:
+def tell_systemd(state: str) -> None:
     """Tell the service manager, where one started us (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:

@@ -1,5 +1,6 @@
 """
-What may be asked of a running worker, by the command line now and by a controller later.
+What may be asked of a running worker: `Control` by the commands of its user, `RemoteControl`, a part of
+it, by a controller elsewhere.
 
 `worker.Worker` implements it; `server` offers it over HTTP and `client` is it again on the other
 side of the socket, so that a command neither knows nor cares whether it works on a mount's worker
@@ -30,8 +31,11 @@ class CachedPath:
     """Written, or renamed, and not in the bucket like that yet."""
 
 
-class Control(Protocol):
+class RemoteControl(Protocol):
     """A worker, near or far. Raises DatacacheErrors; blocking."""
+
+    def ready(self) -> str:
+        """Why it is of no use to ask for anything that takes time; empty: it is."""
 
     def status(self) -> dict[str, Any]:
         """Everything that `datacache status --json` prints; keys are described in docs/operations.md."""
@@ -44,6 +48,15 @@ class Control(Protocol):
 
     def load_cancel(self, job: str) -> None:
         """Ask a job to stop; what it has fetched stays."""
+
+    def drain(self, *, timeout: float) -> dict[str, Any]:
+        """Begin nothing any more, and wait for `timeout` seconds at most until nothing is under way: no load
+        job runs, no file is open for writing, and all that was written is in the bucket. `drained` says
+        whether that is so, the other keys what is left. Reads go on. It cannot be taken back."""
+
+
+class Control(RemoteControl, Protocol):
+    """A worker on this machine, and ours."""
 
     def list(self, path: str, *, after: int = 0, limit: int = 1000) -> tuple[list[CachedPath], int]:
         """Entries of a directory (or the one file), and the `after` of the next call; 0 at the end."""

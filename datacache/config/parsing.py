@@ -14,11 +14,13 @@ they write holds the environment, secrets included: it is for a pipe, never for 
 
 import enum
 import hashlib
+import ipaddress
 import json
 import os
 import re
 import types
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -42,6 +44,7 @@ from datacache.config.keys import (
 )
 from datacache.config.settings import (
     IO,
+    ApiSettings,
     CacheSettings,
     Consistency,
     IndexSettings,
@@ -136,6 +139,7 @@ def read_settings(
         mount=MountSettings(**values.get("mount", {})),
         writing=WritingSettings(**values.get("writing", {})),
         upload=UploadSettings(**values.get("upload", {})),
+        api=ApiSettings(**values.get("api", {})),
         environment={k: v for k, v in environment.items() if is_credential(k) or _ON_THE_WAY.fullmatch(k)},
         **values[""],
     )
@@ -213,8 +217,8 @@ def _from_file(path: str, asked: str) -> dict[str, _Given]:
     if not isinstance(tree, dict):
         raise SettingError(asked, path, "a mapping of keys to values, such as `ttl: 60s`")
     for name in tree:
-        _refuse_secret(name, path)
         if name not in KEYS:
+            _refuse_secret(name, path)
             raise SettingError(path, name, _nearest(name, KEYS))
     return {name: _Given(f"{name} in {path}", value) for name, value in tree.items()}
 
@@ -484,6 +488,7 @@ def _check_together(values: dict[str, dict[str, Any]], given: Mapping[str, _Give
         raise SettingError(
             written(name), given[name].value, f"{written('backoff')} of at most {written('backoff-max')}"
         )
+    _check_api(values.get("api", {}), given)
     _check_landing(values.setdefault("writing", {}), given)
     if values.get("writing", {}).get("enabled"):
         _check_writable(values, given)
@@ -499,6 +504,24 @@ def _check_together(values: dict[str, dict[str, Any]], given: Mapping[str, _Give
                 written("consistency"), str(index["consistency"]), f"immutable, with {written('snapshot')}"
             )
         index["consistency"] = Consistency.IMMUTABLE
+
+
+def _check_api(api: Mapping[str, str], given: Mapping[str, _Given]) -> None:
+    """Nobody is let in without a token but from this machine; and nothing is given that does nothing."""
+    if "listen" in api and "token_file" not in api and not _is_loopback(api["listen"].rpartition(":")[0]):
+        expected = "an address of loopback, such as 127.0.0.1:9301, or --token-file beside it"
+        raise SettingError(given["listen"].name, api["listen"], expected)
+    for key, beside in (
+        ("token-file", "listen"), ("tls-cert", "listen"), ("tls-cert", "tls-key"), ("tls-key", "tls-cert"),
+    ):  # fmt: skip
+        if key in given and beside not in given:
+            raise SettingError(given[key].name, given[key].value, f"--{beside} beside it")
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return host.lower() == "localhost"
 
 
 def _check_landing(writing: dict[str, Any], given: Mapping[str, _Given]) -> None:

@@ -267,6 +267,20 @@ class MountSettings:
 
 
 @dataclass(frozen=True)
+class ApiSettings:
+    """The part of the control API that is offered over TCP, to a controller."""
+
+    listen: str = ""
+    """HOST:PORT; empty: not at all. Anything but loopback needs a `token_file`."""
+    token_file: str = ""
+    """File of the tokens that callers may show, one a line; read again when it changes."""
+    tls_cert: str = ""
+    """File of the certificate, in PEM with what it is signed by; empty: no TLS. Read again as well."""
+    tls_key: str = ""
+    """File of its key."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """All of it."""
 
@@ -283,6 +297,7 @@ class Settings:
     mount: MountSettings = field(default_factory=MountSettings)
     writing: WritingSettings = field(default_factory=WritingSettings)
     upload: UploadSettings = field(default_factory=UploadSettings)
+    api: ApiSettings = field(default_factory=ApiSettings)
     metrics: str = ""
     """HOST:PORT of the Prometheus page; empty: none."""
     log_level: str = "info"
@@ -296,7 +311,7 @@ class Settings:
 
 
 __all__ = [
-    "IO", "CacheSettings", "Conflict", "Consistency", "Durability", "Fill", "IndexSettings", "MountSettings",
-    "Placement", "Policy", "ReadingSettings", "Settings", "SourceSettings", "TierSettings",
+    "IO", "ApiSettings", "CacheSettings", "Conflict", "Consistency", "Durability", "Fill", "IndexSettings",
+    "MountSettings", "Placement", "Policy", "ReadingSettings", "Settings", "SourceSettings", "TierSettings",
     "UploadOrder", "UploadSettings", "WritingSettings",
 ]  # fmt: skip

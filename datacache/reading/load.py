@@ -118,7 +118,7 @@ class Loads:
         tier = self._cache.tier(request.tier) if request.tier else None
         with self._lock:
             if self._closed:
-                raise ControlError("the worker is stopping and starts no load")
+                raise ControlError("the worker drains, or ends: it starts no load")
             if sum(not job.ended.is_set() for job in self._jobs.values()) >= RUNNING:
                 raise ControlError(f"{RUNNING} load jobs are running; wait for one, or cancel it")
             id = f"load-{next(self._numbers)}"
@@ -154,6 +154,14 @@ class Loads:
             jobs = list(self._jobs.values())
         for job in jobs:
             job.cancel()
+
+    def running(self, *, until: float) -> int:
+        """How many jobs run, once none does or it is `until`."""
+        with self._lock:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            self._clock.wait(job.ended, max(0.0, until - self._clock.monotonic()))
+        return sum(not job.ended.is_set() for job in jobs)
 
     def close(self) -> None:
         """Cancel all jobs and wait for their threads. Idempotent."""

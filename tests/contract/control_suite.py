@@ -1,4 +1,7 @@
-"""What every `Control` does. Run on a worker itself and on a client at the other end of its socket."""
+"""
+What every `RemoteControl` does, and every `Control` beyond it. Run on a worker itself, on a client at the
+other end of its socket, and (the first) on one that asks over TCP.
+"""
 
 import json
 from collections.abc import Callable
@@ -7,7 +10,7 @@ from typing import Protocol
 
 import pytest
 
-from datacache.cluster.control import CachedPath, Control
+from datacache.cluster.control import CachedPath, Control, RemoteControl
 from datacache.errors import ControlError, NoSuchPath, NotADirectory, SettingError
 from datacache.reading.job import LoadRequest, LoadStatus
 
@@ -23,10 +26,14 @@ FILES = {
 SIZE = sum(map(len, FILES.values()))
 
 
-class Stage(Protocol):
+class RemoteStage(Protocol):
     """A bucket of `FILES`, a cache of one SSD tier, and a control of both."""
 
-    control: Control
+    @property
+    def control(self) -> RemoteControl: ...
+
+    cached: Callable[[str], dict[str, int]]
+    """What is cached of a path."""
     bucket: Path
     tier: str
     """Name of the tier."""
@@ -34,27 +41,34 @@ class Stage(Protocol):
     """Wait for a load job to end."""
 
 
-class ControlSuite:
+class Stage(RemoteStage, Protocol):
+    """... and all of its control."""
+
+    @property
+    def control(self) -> Control: ...
+
+
+class RemoteSuite:
     """Subclasses have a fixture `stage`."""
 
-    def test_a_load_fills_the_cache(self, stage: Stage) -> None:
+    def test_a_load_fills_the_cache(self, stage: RemoteStage) -> None:
         """A load is started, looked at while and after it runs, and its files are cached whole."""
         job = stage.control.load(LoadRequest())
         done = stage.ended(job)
         assert stage.control.load_status(job) == done
         assert (done.state, done.files_done, done.bytes_fetched) == ("done", len(FILES), SIZE)
-        assert stage.control.stat("/sub/b.bin").cached == {stage.tier: 70_000}
+        assert stage.cached("/sub/b.bin") == {stage.tier: 70_000}
 
-    def test_a_load_of_some_files(self, stage: Stage) -> None:
+    def test_a_load_of_some_files(self, stage: RemoteStage) -> None:
         """All fields of a request arrive: selections, limits, tier."""
         files = ("/a.bin", "/subway")
         request = LoadRequest(files=files, tier="ssd", concurrency=2, bandwidth=10**9, verify=True)
         assert stage.ended(stage.control.load(request)).files_done == 2
         by_glob = LoadRequest(path="/sub", globs=("**/*.bin",))
         assert stage.ended(stage.control.load(by_glob)).files_done == 2
-        assert stage.control.stat("/other/sp ace%").cached == {}
+        assert stage.cached("/other/sp ace%") == {}
 
-    def test_failures_of_a_load_have_reasons(self, stage: Stage) -> None:
+    def test_failures_of_a_load_have_reasons(self, stage: RemoteStage) -> None:
         """What could not be loaded is named, with its reason."""
         done = stage.ended(stage.control.load(LoadRequest(files=("/a.bin", "/nowhere"))))
         assert (done.state, done.files_failed) == ("failed", 1)
@@ -62,7 +76,7 @@ class ControlSuite:
         assert path == "/nowhere"
         assert "nowhere" in reason
 
-    def test_a_load_that_cannot_be(self, stage: Stage) -> None:
+    def test_a_load_that_cannot_be(self, stage: RemoteStage) -> None:
         """What is wrong with a request is said at once, with the error's own fields."""
         with pytest.raises(SettingError, match="tape") as caught:
             stage.control.load(LoadRequest(tier="tape"))
@@ -72,12 +86,46 @@ class ControlSuite:
         with pytest.raises(ControlError):
             stage.control.load_cancel("load-77")
 
-    def test_a_cancelled_load(self, stage: Stage) -> None:
+    def test_a_cancelled_load(self, stage: RemoteStage) -> None:
         """A job that is asked to stop does; asking again, or after the end, is no error."""
         job = stage.control.load(LoadRequest(bandwidth=1))
         stage.control.load_cancel(job)
         assert stage.ended(job).state == "cancelled"
         stage.control.load_cancel(job)
+
+    def test_status(self, stage: RemoteStage) -> None:
+        """Status is JSON, and its figures are of what happened."""
+        job = stage.control.load(LoadRequest())
+        stage.ended(job)
+        status = stage.control.status()
+        assert json.loads(json.dumps(status)) == status
+        assert status["index"]["files"] == len(FILES)
+        (tier,) = status["tiers"]
+        assert (tier["name"], tier["state"], tier["entries"]) == (stage.tier, "ok", len(FILES) - 1)
+        (source,) = status["sources"]
+        assert (source["uri"], source["breaker"]) == (f"file://{stage.bucket}", "closed")
+        assert status["reads"]["bytes_fetched"] == SIZE
+        assert [known["id"] for known in status["loads"]] == [job]
+        assert status["rss_bytes"] > 1 << 20
+
+    def test_a_worker_that_drains(self, stage: RemoteStage) -> None:
+        """It is ready until it drains; then jobs end, none is started, and it answers all the same."""
+        assert stage.control.ready() == ""
+        assert stage.control.status()["draining"] is False
+        job = stage.control.load(LoadRequest(bandwidth=1))
+        done = stage.control.drain(timeout=10)
+        nothing = {"loads": 0, "pending": 0, "open": 0, "bytes": 0, "errors": []}
+        assert done == {"drained": True, **nothing}
+        assert stage.control.load_status(job).state == "cancelled"
+        assert stage.control.ready() == "the worker drains"
+        assert stage.control.status()["draining"] is True
+        with pytest.raises(ControlError, match="drains"):
+            stage.control.load(LoadRequest())
+        assert stage.control.drain(timeout=0) == done
+
+
+class ControlSuite(RemoteSuite):
+    """... and what only a `Control` does."""
 
     def test_listing_a_directory(self, stage: Stage) -> None:
         """A directory is listed in pages, each entry once, with what is cached of it."""
@@ -175,18 +223,3 @@ class ControlSuite:
         assert (found["damaged"], found["orphans"], found["problems"]) == (0, 0, 0)
         assert found["blocks"] >= 4
         assert found["bytes"] == SIZE
-
-    def test_status(self, stage: Stage) -> None:
-        """Status is JSON, and its figures are of what happened."""
-        job = stage.control.load(LoadRequest())
-        stage.ended(job)
-        status = stage.control.status()
-        assert json.loads(json.dumps(status)) == status
-        assert status["index"]["files"] == len(FILES)
-        (tier,) = status["tiers"]
-        assert (tier["name"], tier["state"], tier["entries"]) == (stage.tier, "ok", len(FILES) - 1)
-        (source,) = status["sources"]
-        assert (source["uri"], source["breaker"]) == (f"file://{stage.bucket}", "closed")
-        assert status["reads"]["bytes_fetched"] == SIZE
-        assert [known["id"] for known in status["loads"]] == [job]
-        assert status["rss_bytes"] > 1 << 20

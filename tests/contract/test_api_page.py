@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import openapi_spec_validator
 import pytest
 
-from datacache.cluster import server
+from datacache.cluster import api, credentials, server
 from datacache.cluster.server import ControlServer
 from datacache.model import MiB
 from datacache.reading import load
@@ -21,8 +22,8 @@ from tests.contract.test_control import fill, settings_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, OPERATIONS = (DOCS / "api.md").read_text(), (DOCS / "operations.md").read_text()
-ROUTES = re.findall(r"^\| `(GET|POST) (/\S+)` \| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE)
-"""Method, path, arguments and answer of each row."""
+ROUTES = re.findall(r"^\| `(GET|POST) (/\S+)` \| (.*?) \| (.*?) \| ?(yes|) \|$", PAGE, re.MULTILINE)
+"""Method, path, arguments, answer of each row, and whether it is there over TCP."""
 
 
 @pytest.fixture
@@ -47,20 +48,33 @@ def ask(worker: Worker, method: str, path: str, body: Any = None) -> tuple[int, 
         connection.close()
 
 
-def test_the_page_has_each_route(worker: Worker) -> None:
-    """Routes of the page are those of the socket; each has the arguments that the page lists."""
+def test_the_page_has_each_route() -> None:
+    """Routes of the page are those of the table, with their arguments, and where they are answered."""
+    assert [row[:2] for row in ROUTES] == [(call.method, call.path) for call in api.CALLS]
+    for (_, path, arguments, _, remote), call in zip(ROUTES, api.CALLS, strict=True):
+        each = [(f"`{name}` {one.kind.__name__}", one.needed) for name, one in call.arguments.items()]
+        assert arguments == ", ".join(text if needed else f"[{text}]" for text, needed in each), path
+        assert remote == ("yes" if call.remote else ""), path
+
+
+def test_the_server_has_each_route(worker: Worker) -> None:
+    """What each application answers are the calls of the table that belong there, and no others."""
     with ThreadPoolExecutor(1) as calls:
         handlers = server._Handlers(worker, calls)
-        app, posts = handlers.control(), handlers._posts()
-        port = {(route.method, route.resource.canonical) for route in handlers.metrics().router.routes()}  # type: ignore[union-attr]
-    routes = [(route.method, route.resource.canonical) for route in app.router.routes() if route.resource]
-    assert [row[:2] for row in ROUTES] == [route for route in routes if route[0] != "HEAD"]
-    assert {route for route in port if route[0] != "HEAD"} == {("GET", "/healthz"), ("GET", "/metrics")}
-    for _, path, arguments, _ in ROUTES:
-        call = posts.get(path.removeprefix("/v1/"))
-        needed = [f"`{name}` {kind.__name__}" for name, kind in call.needed.items()] if call else []
-        optional = [f"[`{name}` {kind.__name__}]" for name, kind in call.optional.items()] if call else []
-        assert arguments == ", ".join(needed + optional), path
+
+        def routes(app: Any) -> list[tuple[str, str]]:
+            found = [(route.method, route.resource.canonical) for route in app.router.routes()]
+            return [route for route in found if route[0] != "HEAD"]
+
+        assert routes(handlers.control()) == [(call.method, call.path) for call in api.CALLS]
+        remote = [(call.method, call.path) for call in api.CALLS if call.remote]
+        assert routes(handlers.remote(None)) == remote
+        assert routes(handlers.metrics()) == [("GET", "/healthz"), ("GET", "/metrics")]
+    assert {path for _, path in remote} == {
+        "/healthz", "/readyz", "/metrics", "/v1/status", "/v1/loads", "/v1/loads/status", "/v1/loads/cancel",
+        "/v1/drain",
+    }  # fmt: skip
+    assert {call.path for call in api.CALLS if call.open} == {"/healthz", "/readyz"}
 
 
 def test_answers_have_the_keys_of_the_page(worker: Worker) -> None:
@@ -76,17 +90,22 @@ def test_answers_have_the_keys_of_the_page(worker: Worker) -> None:
         "/v1/evict": {"path": "/", "dry_run": True},
         "/v1/pin": {"path": "/sub", "pinned": True},
         "/v1/verify": {},
+        "/v1/drain": {"timeout": 5},
     }
-    answers = {path: answer for _, path, _, answer in ROUTES}
+    answers = {path: answer for _, path, _, answer, _ in ROUTES}
     for path, body in bodies.items():
         status, answer = ask(worker, "POST", path, body)
         assert status == 200, answer
-        assert list(answer) == re.findall(r"`(\w+)`", answers[path].replace("`1", "")), path
+        told = re.sub(r"as of .*|for `timeout`", "", answers[path])
+        assert list(answer) == re.findall(r"`(\w+)`", told), path
     assert ask(worker, "GET", "/healthz") == (200, "ok\n")
     assert ask(worker, "GET", "/v1/status")[1]["dataset"] == worker.settings.dataset.name
     assert "datacache_info" in ask(worker, "GET", "/metrics")[1]
-    assert ask(worker, "POST", "/v1/status")[0] == 405
-    assert ask(worker, "GET", "/v1/nothing")[0] == 404
+    assert ask(worker, "GET", "/readyz") == (503, "the worker drains\n")
+    for method, path, refusal in (("POST", "/v1/status", 405), ("GET", "/v1/nothing", 404)):
+        status, answer = ask(worker, method, path)
+        assert (status, answer["kind"]) == (refusal, "ControlError")
+        assert answer["error"] == f"{method} {path}: no such call here"
     page = ask(worker, "POST", "/v1/list", {"path": "/", "limit": 1})[1]
     assert len(page["entries"]) == 1
     assert page["after"] > 0
@@ -119,6 +138,10 @@ def test_the_page_of_operations_has_each_figure_of_the_status(worker: Worker) ->
         ("/v1/list", {"path": "/", "depth": 1}, 400, "SettingError"),
         ("/v1/list", {"path": 1}, 400, "SettingError"),
         ("/v1/stat", {}, 400, "SettingError"),
+        ("/v1/drain", {"timeout": 11}, 400, "SettingError"),
+        ("/v1/drain", {"timeout": -0.1}, 400, "SettingError"),
+        ("/v1/drain", {"timeout": True}, 400, "SettingError"),
+        ("/v1/flush", {"path": "/"}, 409, "ControlError"),
         ("/v1/stat", [], 400, "SettingError"),
         ("/v1/loads/status", {"job": "none"}, 409, "ControlError"),
     ],
@@ -134,15 +157,28 @@ def test_refusals_are_as_the_page_says(worker: Worker, path: str, body: Any, sta
 def test_statuses_and_bounds_are_those_of_the_page() -> None:
     """The table of errors is the server's, in its order; so are the figures."""
     rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \|$", PAGE, re.MULTILINE)
-    assert rows == [(kind.__name__, str(status)) for kind, status in server.STATUS]
+    assert rows == [(kind.__name__, str(status)) for kind, status in api.STATUS]
     bound = r"^\| ([^|`]+?|`limit` of a list) \| (\d+ (?:MiB|to \d+)|\d+)"
     bounds = dict(re.findall(bound, PAGE, re.MULTILINE))
     assert bounds == {
         "connections at once": str(server.CONNECTIONS),
         "calls at once": str(server.CALLS),
         "a request's body": f"{server.REQUEST // MiB} MiB",
-        "`limit` of a list": "1 to 10000",
+        "`limit` of a list": f"1 to {api.PAGE}",
         "load jobs at once": str(load.RUNNING),
         "load jobs remembered": str(load.REMEMBERED),
     }
-    assert f"dropped after {server.SCRAPE:g} s" in PAGE
+    text = " ".join(PAGE.split())
+    assert f"Over TCP {server.REMOTE_REQUEST // MiB} MiB" in text
+    assert f"dropped after {server.SCRAPE:g} s, or when it has not said within {server.HEAD:g} s" in text
+    assert f"has {server.HEAD:g} s to say what it wants" in text
+    assert f"{server.BODY:g} s more for the body, and is dropped after {server.LIFETIME:g} s" in text
+    assert f"It waits for `timeout` seconds, {api.WAIT:g} at most" in text
+    assert f"{credentials.SHORTEST} to {credentials.LONGEST} printable ASCII" in text
+    assert f"up to {credentials.MOST}, one a line" in text
+
+
+def test_the_description_is_made_from_the_table() -> None:
+    """docs/openapi.json is what `python -m datacache.cluster.api` prints, and valid OpenAPI 3.1."""
+    assert (DOCS / "openapi.json").read_text() == api.text()
+    openapi_spec_validator.validate(api.describe())

@@ -1,4 +1,4 @@
-"""The contract of `Control`, held by a worker and by a client of one."""
+"""The contract of `Control`, held by a worker and by clients of one: over its socket, TCP, and TLS."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,20 +6,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 
 from datacache.cluster import registry
-from datacache.cluster.client import ControlClient
-from datacache.cluster.control import Control
+from datacache.cluster.client import ControlClient, RemoteClient
+from datacache.cluster.control import RemoteControl
 from datacache.cluster.server import ControlServer
 from datacache.config.parsing import read_settings
-from datacache.config.settings import Settings
+from datacache.config.settings import ApiSettings, Settings
 from datacache.errors import Unavailable
 from datacache.model import MiB
 from datacache.reading.job import LoadRequest, LoadStatus
 from datacache.worker import Worker
-from tests.contract.control_suite import FILES, ControlSuite
+from tests.contract.control_suite import FILES, ControlSuite, RemoteSuite
 from tests.support.faulty_s3 import Fault, FaultyS3, Stall, Trickle
 from tests.support.reading import until
 
@@ -28,7 +30,8 @@ from tests.support.reading import until
 class Staged:
     """Implements `control_suite.Stage`."""
 
-    control: Control
+    control: Any
+    cached: Callable[[str], dict[str, int]]
     bucket: Path
     tier: str
     ended: Callable[[str], LoadStatus]
@@ -57,13 +60,16 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
         yield worker
 
 
-def staged(worker: Worker, control: Control, tmp_path: Path) -> Staged:
+def staged(worker: Worker, control: RemoteControl, tmp_path: Path) -> Staged:
     def ended(job: str) -> LoadStatus:
         status = worker.loads.wait(job, 30)
         assert status.state != "running"
         return status
 
-    return Staged(control, tmp_path / "bucket", f"ssd:{tmp_path}/cache", ended)
+    def cached(path: str) -> dict[str, int]:
+        return worker.stat(path).cached
+
+    return Staged(control, cached, tmp_path / "bucket", f"ssd:{tmp_path}/cache", ended)
 
 
 class TestWorker(ControlSuite):
@@ -86,6 +92,61 @@ class TestClient(ControlSuite):
             assert found is not None
             yield staged(worker, ControlClient(found.socket), tmp_path)
             registry.unregister(runtime, worker.registration())
+
+
+TOKEN = "0123456789abcdef" * 4
+"""Of the controller in these tests."""
+
+
+def token_file(tmp_path: Path, *tokens: str) -> str:
+    path = tmp_path / "token"
+    path.write_text("\n".join(tokens or (TOKEN,)) + "\n")
+    path.chmod(0o600)
+    return str(path)
+
+
+class TestOverTcp(RemoteSuite):
+    """What a controller may ask, with a token."""
+
+    @pytest.fixture
+    def stage(self, worker: Worker, tmp_path: Path) -> Iterator[Staged]:
+        chosen = ApiSettings("127.0.0.1:0", token_file(tmp_path))
+        with ControlServer(worker, worker.socket, remote=chosen) as server:
+            client = RemoteClient(f"http://127.0.0.1:{server.port}", token=TOKEN)
+            yield staged(worker, client, tmp_path)
+
+
+class TestOverTls(RemoteSuite):
+    """The same over TLS: of a worker that is asked by its address and has a certificate of its name."""
+
+    @pytest.fixture
+    def stage(self, worker: Worker, tmp_path: Path) -> Iterator[Staged]:
+        authority = certificates(tmp_path, "worker.example")
+        chosen = ApiSettings(
+            "127.0.0.1:0", token_file(tmp_path), str(tmp_path / "tls.crt"), str(tmp_path / "tls.key")
+        )
+        with ControlServer(worker, worker.socket, remote=chosen) as server:
+            client = RemoteClient(
+                f"https://127.0.0.1:{server.port}", token=TOKEN, ca=authority, server_name="worker.example"
+            )
+            yield staged(worker, client, tmp_path)
+
+
+def certificates(directory: Path, name: str) -> str:
+    """A fresh certificate of `name` in `directory`, with its key; the file of who signed it."""
+    authority = trustme.CA()
+    issued = authority.issue_cert(name)
+    (directory / "ca.crt").write_bytes(authority.cert_pem.bytes())
+    for file, content in (
+        ("tls.crt", b"".join(part.bytes() for part in issued.cert_chain_pems)),
+        ("tls.key", issued.private_key_pem.bytes()),
+    ):
+        # Renamed into place, as the kubelet changes a Secret.
+        new = directory / f"{file}.new"
+        new.write_bytes(content)
+        new.chmod(0o600)
+        new.replace(directory / file)
+    return str(directory / "ca.crt")
 
 
 @pytest.mark.parametrize("fault", [Stall(), Stall(after=10), Trickle(0.01)], ids=repr)

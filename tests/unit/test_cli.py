@@ -1307,15 +1307,15 @@ def test_a_mount_that_is_none_does_not_count(tmp_path: Path) -> None:
 def test_systemd_is_told_at_an_abstract_address_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """sd_notify(3): a leading @ is a NUL; without a service manager nobody is told."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    mount._tell_systemd("READY=1")
+    mount.tell_systemd("READY=1")
     name = f"datacache-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"\0{name}")
         systemd.settimeout(10)
         monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
-        mount._tell_systemd("READY=1")
+        mount.tell_systemd("READY=1")
         assert systemd.recv(100) == b"READY=1"
-    mount._tell_systemd("READY=1")  # gone: no reason to fail a mount
+    mount.tell_systemd("READY=1")  # gone: no reason to fail a mount
 
 
 @pytest.fixture
