@@ -230,7 +230,14 @@ class Worker:
         self._draining.set()
         self.loads.stop()
         loads = self.loads.running(until=deadline)
-        left: dict[str, Any] = {"clean": True, "pending": 0, "open": 0, "bytes": 0, "errors": []}
+        left: dict[str, Any] = {
+            "clean": True,
+            "pending": 0,
+            "open": 0,
+            "bytes": 0,
+            "errors": [],
+            "stuck": False,
+        }
         if self.writing is not None:
             left = self.writing.flush(None, timeout=max(0.0, deadline - self.clock.monotonic()))
         clean = left.pop("clean")

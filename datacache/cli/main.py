@@ -37,6 +37,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "mount": Command("mount", "show a bucket as a local directory"),
     "umount": Command("umount", "unmount it and wait for its daemon to end"),
+    "worker": Command("worker", "serve the cache of a data set, without a mount"),
     "upgrade": Command("upgrade", "put a new daemon behind a mount that is in use"),
     "load": Command("load", "bring a data set into the cache before it is read"),
     "status": Command("status", "how mounts and their caches are doing"),
@@ -235,18 +236,17 @@ class _Warning(logging.Formatter):
 
 @contextmanager
 def _warnings_are_lines() -> Iterator[None]:
-    """What the layers below warn of is printed as a line, too."""
+    """What the layers below warn of is printed as a line, too; until a command sets up a log of its own."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING)
     handler.setFormatter(_Warning())
-    ours = [logging.getLogger(name) for name in ("datacache", "fuse")]
-    for logger in ours:
-        logger.addHandler(handler)
+    handler.addFilter(lambda record: record.name.partition(".")[0] in ("datacache", "fuse"))
+    root = logging.getLogger()
+    root.addHandler(handler)
     try:
         yield
     finally:
-        for logger in ours:
-            logger.removeHandler(handler)
+        root.removeHandler(handler)
 
 
 if __name__ == "__main__":

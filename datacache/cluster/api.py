@@ -173,7 +173,7 @@ _STATUS_ANSWER = {
 _PATH = {"path": Argument(str, needed=True)}
 _JOB = {"job": Argument(str, needed=True)}
 _TIMEOUT = {"timeout": Argument(float, least=0, most=WAIT)}
-_LEFT = {"pending": _NUMBER, "open": _NUMBER, "bytes": _NUMBER, "errors": _TEXTS}
+_LEFT = {"pending": _NUMBER, "open": _NUMBER, "bytes": _NUMBER, "errors": _TEXTS, "stuck": _YES}
 
 # Their types are those of the fields; `files` is the one that may be None.
 _LOAD = {"files": Argument(list), "globs": Argument(list)} | {

@@ -114,7 +114,7 @@ class RemoteSuite:
         assert stage.control.status()["draining"] is False
         job = stage.control.load(LoadRequest(bandwidth=1))
         done = stage.control.drain(timeout=10)
-        nothing = {"loads": 0, "pending": 0, "open": 0, "bytes": 0, "errors": []}
+        nothing = {"loads": 0, "pending": 0, "open": 0, "bytes": 0, "errors": [], "stuck": False}
         assert done == {"drained": True, **nothing}
         assert stage.control.load_status(job).state == "cancelled"
         assert stage.control.ready() == "the worker drains"
