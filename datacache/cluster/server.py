@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from datacache.cluster import api, metrics, registry
 from datacache.cluster.api import Call
@@ -142,7 +143,12 @@ class ControlServer:
     ) -> None:  # fmt: skip
         # Calls under way are given a moment at close; a client that is gone cancels nothing.
         runner = web.AppRunner(
-            app, access_log=None, handle_signals=False, shutdown_timeout=2.0, lingering_time=LINGER
+            app,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=2.0,
+            lingering_time=LINGER,
+            logger=_http,
         )
         await runner.setup()
         assert runner.server is not None
@@ -193,6 +199,16 @@ def _unlink(path: str) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)
 
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a record of aiohttp's is about us, and not about a caller who is gone or speaks no HTTP: who
+    can connect could fill the log with those, and with what it likes to see there."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | ConnectionError)
+
+
+_http = logging.getLogger(f"{__name__}.http")
+_http.addFilter(_is_ours)
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -251,6 +267,9 @@ class _Handlers:
                 return _failed(ControlError(f"a request of more than {most // MiB} MiB; split it"), 413)
             except TimeoutError:
                 return _failed(ControlError(f"the request did not come within {within} s"), 408)
+            except (ConnectionError, web.RequestPayloadError, HttpProcessingError) as error:
+                # Who is gone does not hear it.
+                return _failed(SettingError("body", "", f"a whole request ({type(error).__name__})"), 400)
             return await self._acted(call, raw)
 
         return handle

@@ -320,9 +320,10 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("what", GARBAGE)
-def test_what_is_no_request_ends(what: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused or hung up on, never let in, and the next one is answered."""
+def test_what_is_no_request_ends(what: str, port: int, caplog: pytest.LogCaptureFixture) -> None:
+    """It is refused or hung up on, never let in, and the next one is answered. The log has nothing of it."""
     ask = Asker(("127.0.0.1", port))
+    caplog.set_level(logging.INFO)
     with ask.connected() as connection:
         said = b""
         try:
@@ -334,6 +335,24 @@ def test_what_is_no_request_ends(what: str, port: int, monkeypatch: pytest.Monke
             pass
         assert b" 200 " not in said.partition(b"\r\n")[0] or what == "an old version"
     assert ask("GET", "/healthz").status == 200
+    assert not caplog.records
+
+
+def test_a_body_that_breaks_off(port: int, worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    """Chunks that are none are refused; of who is gone in the middle of its body nothing is said."""
+    head = (
+        b"POST /v1/loads HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+        b"Authorization: Bearer " + TOKEN.encode() + b"\r\n\r\n"
+    )
+    with Asker(("127.0.0.1", port)).connected() as connection:
+        connection.sendall(head + b"zz\r\n")
+        assert connection.recv(12).endswith(b" 400")
+    with Asker(("127.0.0.1", port)).connected() as connection:
+        connection.sendall(head + b"5\r\n")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # hang up at once
+    assert Asker(("127.0.0.1", port))("GET", "/readyz").status == 200
+    assert worker.status()["loads"] == []
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(
