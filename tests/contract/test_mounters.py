@@ -17,7 +17,9 @@ from datacache.cluster import registry
 from datacache.cluster.client import ControlClient
 from datacache.errors import SettingError, TookTooLong
 from fuse import mountpoint
+from tests.conftest import AnnouncedLogs
 from tests.contract.mounter_suite import Made, MounterContract
+from tests.support.reading import until
 
 
 class _Fake:
@@ -137,10 +139,10 @@ class TestLinuxMounter(MounterContract):
         assert (tmp_path / "target" / "precious").read_text() == "x"
 
     def test_a_mount_that_hangs_goes_and_who_waits_for_it_gets_an_error(
-        self, made: Made, staging: Path, tmp_path: Path, logs: "object"
+        self, made: Made, staging: Path, tmp_path: Path, logs: AnnouncedLogs
     ) -> None:
         """Its connection is aborted: a reader that nobody could kill ends."""
-        logs.expect("its connection is aborted")  # type: ignore[attr-defined]
+        logs.expect("its connection is aborted")
         made.mounter.bind(str(staging), str(tmp_path / "target"), read_only=True)
         broker = registry.find(str(tmp_path / "run"), str(staging))
         assert broker is not None
@@ -160,6 +162,22 @@ class TestLinuxMounter(MounterContract):
             reader.wait()
         assert made.mounter.at(str(staging)) is None
         assert not os.path.exists(f"/proc/{daemon}") or _is_zombie(daemon)
+
+    def test_a_mount_that_hangs_and_is_in_use_goes_too(
+        self, made: Made, staging: Path, tmp_path: Path, logs: AnnouncedLogs
+    ) -> None:
+        """Whoever has something of it open is not waited for; its processes end."""
+        logs.expect("its connection is aborted")
+        broker = registry.find(str(tmp_path / "run"), str(staging))
+        assert broker is not None
+        daemon = ControlClient(broker.socket).status()["pid"]
+        with made.opened(staging):
+            for pid in (broker.pid, daemon):
+                os.kill(pid, signal.SIGSTOP)
+            made.mounter.take_off(str(staging), within=30)
+            assert made.mounter.at(str(staging)) is None
+        until(lambda: not os.path.exists(f"/proc/{daemon}") or _is_zombie(daemon))
+        assert not registry.live(str(tmp_path / "run"))
 
     def test_what_a_mount_owes_is_asked_without_touching_it(
         self, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

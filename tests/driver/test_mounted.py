@@ -192,6 +192,35 @@ def test_the_driver_is_killed_between_all_calls_and_mounts_go_on(site: Site) -> 
     assert not registry.live(site.environment["DATACACHE_RUNTIME"])
 
 
+def test_many_at_once(site: Site) -> None:
+    """Several volumes, and several calls for each: whoever is told to come again does, and all is as if they
+    had come one by one."""
+    names = ("pv-1", "pv-2", "pv-3")
+    volumes = [Kubelet(site.kubelet.root, name).make() for name in names]
+    environment = site.server.environment
+
+    def all_at_once(client: Client, requests: list[Message]) -> None:
+        asking = [threading.Thread(target=insist, args=(client, one)) for one in requests * 2]
+        for one in asking:
+            one.start()
+        for one in asking:
+            one.join(90)
+
+    with site.running() as program, calls(program) as client:
+        all_at_once(client, [one.stage(site.context(), secrets=environment) for one in volumes])
+        all_at_once(client, [one.publish(pod) for one in volumes for pod in "ab"])
+        for one in volumes:
+            for pod in "ab":
+                assert (one.target(pod) / "a" / "file").read_bytes() == CONTENT
+        shown = [info for info in mountpoint.mounts().values() if info.source == "s3://data/train"]
+        here = [info for info in shown if info.directory.startswith(str(site.root))]
+        assert len(here) == 9
+        assert len({info.device for info in here}) == 3
+        all_at_once(client, [one.unpublish(pod) for one in volumes for pod in "ab"])
+        all_at_once(client, [one.unstage() for one in volumes])
+    assert not registry.live(site.environment["DATACACHE_RUNTIME"])
+
+
 @pytest.mark.parametrize("after", [0.0, 0.2, 0.6])
 def test_the_driver_is_killed_in_the_middle_of_a_stage(site: Site, after: float) -> None:
     """What it had begun goes on or comes to nothing: the next one gets there, with one mount."""
