@@ -127,7 +127,7 @@ def _drain(worker: "RemoteControl", patience: float, told: Callable[[float], boo
         if done["drained"]:
             _log.info("drained")
             return
-        if left <= 0 or told(0):
+        if left <= 0 or (done["stuck"] and not done["loads"]) or told(0):
             break
     _log.warning(
         "not drained: %d load jobs run, %d operations (%d bytes) wait for the next worker",

@@ -8,6 +8,7 @@ import pytest
 
 from datacache.cli import flush, umount
 from datacache.cli.status import describe
+from datacache.cli.worker import _drain
 from datacache.clock import VirtualClock
 from datacache.cluster.registry import Registration
 from datacache.config.parsing import read_settings
@@ -241,3 +242,18 @@ def answers(monkeypatch: pytest.MonkeyPatch, *those: dict[str, Any]) -> None:
 
     control = Slow(VirtualClock(), *those)
     monkeypatch.setattr(targets.Place, "control", lambda self, timeout: control)
+
+
+def test_a_worker_that_is_told_to_end_waits_for_no_person(logs: AnnouncedLogs) -> None:
+    logs.expect("not drained: 0 load jobs run, 1 operations (4 bytes) wait for the next worker")
+
+    class Stuck:
+        asked = 0
+
+        def drain(self, *, timeout: float) -> dict[str, Any]:
+            self.asked += 1
+            return {"drained": False, "loads": 0, "pending": 1, "bytes": 4, "open": 0, "stuck": True}
+
+    worker: Any = Stuck()
+    _drain(worker, 1e6, lambda seconds: False)
+    assert worker.asked == 1
