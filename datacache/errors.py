@@ -48,6 +48,8 @@ hold a secret. The cause is always chained.
     + VolumeInUse         somebody still needs what was to be taken away
     + NotStaged           what has to come before has not
     + TookTooLong         the time that the caller gave was over
+  x ClusterError          the API of Kubernetes: it refuses, or does not answer
+    + Conflicting         somebody else has changed, or made, the object meanwhile
 """
 
 
@@ -241,3 +243,15 @@ class NotStaged(VolumeError):
 
 class TookTooLong(VolumeError):
     """What was asked for did not end in the time that the caller gave. To be tried again."""
+
+
+class ClusterError(DatacacheError):
+    """The API of Kubernetes refuses, or does not answer. `status` is HTTP's, 0 where nothing was answered."""
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Conflicting(ClusterError):
+    """Somebody else has changed, or made, the object meanwhile: look again."""

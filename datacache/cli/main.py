@@ -51,6 +51,7 @@ COMMANDS = {
     "unpin": Command("pin", "let pinned copies be evicted again"),
     "verify": Command("verify", "hold every cached block against its checksum"),
     "snapshot": Command("snapshot", "pin the names and versions of a data set, to mount them later"),
+    "controller": Command("controller", "have the Datasets of a Kubernetes cluster be what they should be"),
     "demo": Command("demo", "see all of it at work, on a bucket of its own, in three minutes"),
     "doctor": Command("doctor", "check this machine, the cache and the store, and say what to do"),
 }

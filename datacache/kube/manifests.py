@@ -14,12 +14,12 @@ others, into a Secret beside it; it sees them as files, and sees when they chang
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from datacache.config.keys import spell_duration
 from datacache.config.settings import TierSettings
 from datacache.errors import SettingError
-from datacache.kube.release import API_PORT, DRIVER, GROUP, Release
+from datacache.kube.release import API_PORT, DRIVER, GROUP, Name, Release
 from datacache.kube.spec import DatasetSpec, Mount
 from datacache.model import Medium, MiB
 
@@ -29,6 +29,9 @@ UID_LABEL = f"{GROUP}/dataset-uid"
 """On everything that belongs to a Dataset, its workers' pods among it."""
 DATASET_ANNOTATION = f"{GROUP}/dataset"
 """NAMESPACE/NAME of the Dataset, for people: too long for a label."""
+APPLIED_ANNOTATION = f"{GROUP}/applied"
+"""On everything: the digest of what was applied. What was taken out of an object is found by it: that the
+rest stands there would not tell."""
 CONFIG_ANNOTATION = f"{GROUP}/config"
 """On worker pods: the digest of their datacache.yaml, so that another one rolls them."""
 
@@ -49,15 +52,6 @@ def node_label(uid: str) -> str:
 def volume_name(uid: str) -> str:
     """Of the PersistentVolume, its handle, and all objects in the release's namespace."""
     return f"datacache-{uid}"
-
-
-class Name(NamedTuple):
-    """What an object is found by. `namespace` is empty for one that has none."""
-
-    api: str
-    kind: str
-    namespace: str
-    name: str
 
 
 def name_of(obj: Mapping[str, Any]) -> Name:
@@ -105,13 +99,16 @@ def objects(spec: DatasetSpec, release: Release, *, keys: Mapping[str, str], tok
     made = [_config_map(spec, release), _secret(spec, release, "token", {"token": token})]
     if keys:
         made.append(_secret(spec, release, "keys", dict(sorted(keys.items()))))
-    return [
-        *made,
+    made += [
         _service(spec, release),
         _daemon_set(spec, release, keys=bool(keys)),
         _volume(spec),
         _claim(spec),
     ]
+    for obj in made:
+        digest = hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
+        obj["metadata"]["annotations"][APPLIED_ANNOTATION] = digest
+    return made
 
 
 def _metadata(spec: DatasetSpec, name: str, namespace: str = "") -> Object:
@@ -278,11 +275,17 @@ def _pod(spec: DatasetSpec, release: Release, *, keys: bool) -> Object:
         "tolerations": [dict(each) for each in pod.tolerations] or [{"operator": "Exists"}],
         **({"priorityClassName": priority} if priority else {}),
         **({"imagePullSecrets": pull} if pull else {}),
-        "terminationGracePeriodSeconds": 120 if spec.writable else 30,
+        "terminationGracePeriodSeconds": _grace(spec),
         "securityContext": {"runAsUser": 0, "runAsGroup": 0, "seccompProfile": {"type": "RuntimeDefault"}},
         "containers": [_container(spec, release, keys=keys)],
         "volumes": _volumes(spec, release, keys=keys),
     }  # fmt: skip
+
+
+def _grace(spec: DatasetSpec) -> int:
+    """Seconds that a worker has to end; all but the last 15 to upload what was written, which its node keeps
+    if that is too few."""
+    return 135 if spec.writable else 30
 
 
 def _container(spec: DatasetSpec, release: Release, *, keys: bool) -> Object:
@@ -295,7 +298,7 @@ def _container(spec: DatasetSpec, release: Release, *, keys: bool) -> Object:
         "imagePullPolicy": release.pull_policy,
         "command": [
             "datacache", "worker", "--config", f"{_CONFIG}/datacache.yaml", "--listen", f"0.0.0.0:{API_PORT}",
-            "--token-file", f"{_TOKEN}/token",
+            "--token-file", f"{_TOKEN}/token", "--drain-timeout", f"{_grace(spec) - 15}s",
         ],
         "env": [
             # A worker has no identity of the node's: what a user did not give keys for cannot be read.

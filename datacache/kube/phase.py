@@ -10,7 +10,7 @@ comes back makes the Dataset whole again.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from datacache.model import format_size
@@ -90,6 +90,8 @@ class Observed:
     users: tuple[str, ...] = ()
     """NAMESPACE/NAME of pods that use its claim and have not ended; known while it is being deleted."""
     accept_loss: bool = False
+    released: bool = False
+    """It was found that nothing holds it, and its workers may be gone: see `release`."""
 
 
 class News(NamedTuple):
@@ -117,6 +119,8 @@ def blockers(seen: Observed, before: Mapping[str, Any]) -> tuple[str, ...]:
     Pods come first: what they still write may be dirty a moment later. Dirty data is never given up unless
     its owner says so, and what is not known to be clean counts as dirty.
     """
+    if seen.released:
+        return ()
     found = []
     if seen.users:
         found.append(f"used by {_few(seen.users, 'pod', 'pods')}")
@@ -131,6 +135,21 @@ def blockers(seen: Observed, before: Mapping[str, Any]) -> tuple[str, ...]:
         where = _few(unknown, "node", "nodes")
         found.append(f"no worker answers on {where}, which may hold what is not in the bucket")
     return tuple(found)
+
+
+def release(seen: Observed) -> Observed:
+    """What is seen once it was decided that nothing holds it. It stands in the status before anything goes
+    that could be asked again, so that who goes on after a restart need not ask."""
+    return replace(seen, released=True)
+
+
+def was_released(before: Mapping[str, Any]) -> bool:
+    """Whether the status says so."""
+    return any(
+        isinstance(each, Mapping)
+        and (each.get("type"), each.get("reason")) == ("DeletionBlocked", "Released")
+        for each in before.get("conditions") or ()
+    )
 
 
 def _owed(dirty: Sequence[Figures]) -> str:
@@ -268,6 +287,10 @@ def _ready(seen: Observed, *needed: _Condition) -> _Condition:
 
 
 def _deletion(seen: Observed, before: Mapping[str, Any]) -> _Condition:
+    if seen.released:
+        return _Condition(
+            "DeletionBlocked", FALSE, "Released", "its workers and its volume are being removed"
+        )
     if found := blockers(seen, before):
         reason = "InUse" if seen.users else "NotUploaded"
         hint = "" if seen.users else f"; annotation {ACCEPT_LOSS}=true gives it up"

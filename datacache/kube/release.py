@@ -1,6 +1,7 @@
-"""What the chart says of this installation: the same for all Datasets. Plain values."""
+"""What is the same for all Datasets: names that others know us by, and what the chart says. Plain values."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from datacache.model import MiB
 
@@ -10,6 +11,17 @@ DRIVER = "csi.datacache.io"
 """The CSI driver that mounts Datasets."""
 API_PORT = 7400
 """On which a worker answers the controller."""
+
+TIER_ROOTS = ("/var/cache/datacache", "/dev/shm", "/mnt")  # noqa: S108  directories of a node
+
+
+class Name(NamedTuple):
+    """What an object is found by. `namespace` is empty for one that has none."""
+
+    api: str
+    kind: str
+    namespace: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Release:
     """On each node: of a MEM tier whose Dataset names no path."""
     disk_dir: str = "/var/cache/datacache"
     """On each node: of an SSD tier whose Dataset names no path."""
-    tier_roots: tuple[str, ...] = ("/var/cache/datacache", "/dev/shm", "/mnt")  # noqa: S108
+    tier_roots: tuple[str, ...] = TIER_ROOTS
     """Below which a Dataset may have tiers: who may create one decides where a worker, as root, writes."""
     tier_quota: int = 100 * 1024 * MiB
     """Bytes of the SSD tier of a Dataset that says nothing of tiers."""

@@ -1,0 +1,215 @@
+"""
+The controller's process: a Lease, kopf's watches, and threads that look at Datasets. The door to kopf.
+
+kopf runs the watches (with their restarts and resource versions) and nothing else: its handlers get raw
+events, so that it stores nothing on objects, and only say which Dataset somebody should look at. Threads do
+the looking (`reconciling`), each with calls that block. Only the holder of the Lease runs any of this; one
+that loses it, or cannot tell, ends, and its pod is started again.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from typing import Any
+
+import kopf
+from kubernetes import client
+
+from datacache.clock import Clock, SystemClock
+from datacache.cluster.client import RemoteClient
+from datacache.errors import ClusterError
+from datacache.kube.api import Api
+from datacache.kube.lease import DEADLINE, EVERY, Lease
+from datacache.kube.manifests import DATASET_ANNOTATION, UID_LABEL
+from datacache.kube.reconciling import Key, Reconciler, claims_of
+from datacache.kube.release import GROUP, VERSION, Name, Release
+from datacache.kube.waiting import Waiting
+
+_log = logging.getLogger(__name__)
+
+LOOKERS = 4
+"""Datasets that are looked at at once: the calls of one wait for the API most of the time."""
+ASKERS = 16
+"""Workers that are asked at once."""
+PATIENCE = 5.0
+"""Seconds that a worker may take to say how it is."""
+
+
+class Uses:
+    """On which nodes pods use which claims. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_pod: dict[
+            str, tuple[str, set[Key]]
+        ] = {}  # guarded by the lock: node and claims by pod's uid
+
+    def note(self, pod: Mapping[str, Any], *, gone: bool) -> set[Key]:
+        """What has changed for which claims, with this event."""
+        uid, node = pod["metadata"]["uid"], (pod.get("spec") or {}).get("nodeName") or ""
+        claims = set() if gone or not node else {Key(pod["metadata"]["namespace"], c) for c in claims_of(pod)}
+        with self._lock:
+            before = self._by_pod.pop(uid, ("", set()))[1]
+            if claims:
+                self._by_pod[uid] = (node, claims)
+        return before ^ claims
+
+    def nodes_of(self, key: Key) -> set[str]:
+        with self._lock:
+            return {node for node, claims in self._by_pod.values() if key in claims}
+
+
+class Controller:
+    """One candidate. `me` names it in the Lease."""
+
+    def __init__(
+        self, configured: client.Configuration, release: Release, *, me: str, clock: Clock | None = None,
+        ask: Callable[[str, str], Mapping[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
+        """`ask` gets the status of a worker by its URL and token, over its API unless told otherwise."""
+        self._configured, self._release, self._me = configured, release, me
+        self._ask = ask or _ask
+        self._clock = clock or SystemClock()
+        self._waiting: Waiting[Key] = Waiting(self._clock)
+        self._uses = Uses()
+        self._lost = False
+
+    def __repr__(self) -> str:
+        return f"<Controller {self._me}: {self._waiting!r}>"
+
+    def run(self, stop: threading.Event) -> None:
+        """Act until `stop` is set, once the Lease is ours. Raises ClusterError when it is lost."""
+        name = Name("coordination.k8s.io/v1", "Lease", self._release.namespace, "datacache-controller")
+        with closing(Api(self._configured)) as api, ThreadPoolExecutor(ASKERS, "ask") as pool:
+            lease = Lease(api, name, self._me, clock=self._clock)
+            if not self._acquire(lease, stop):
+                return
+            _log.info("%s acts", self._me)
+            reconciler = Reconciler(
+                api, self._release, clock=self._clock, ask=self._ask, nodes_of=self._uses.nodes_of, pool=pool
+            )
+            threads = [threading.Thread(target=self._renew, args=(lease, stop), name="lease")]
+            threads += [
+                threading.Thread(target=self._look, args=(reconciler,), name=f"look-{i}")
+                for i in range(LOOKERS)
+            ]
+            for thread in threads:
+                thread.start()
+            try:
+                asyncio.run(self._watch(stop))
+            finally:
+                stop.set()
+                self._waiting.close()
+                for thread in threads:
+                    thread.join()
+                if not self._lost:
+                    with suppress(ClusterError):
+                        lease.release()
+        if self._lost:
+            raise ClusterError(f"the Lease {name.namespace}/{name.name} was lost: another acts now")
+
+    # ---- the Lease --------------------------------------------------------------------------------
+
+    def _acquire(self, lease: Lease, stop: threading.Event) -> bool:
+        while not stop.is_set():
+            try:
+                if lease.hold():
+                    return True
+            except ClusterError as error:
+                _log.warning("the Lease cannot be asked for: %s", error)
+            self._clock.wait(stop, EVERY)
+        return False
+
+    def _renew(self, lease: Lease, stop: threading.Event) -> None:
+        renewed = self._clock.monotonic()
+        while not self._clock.wait(stop, EVERY):
+            try:
+                if not lease.hold():
+                    self._lost = True
+                else:
+                    renewed = self._clock.monotonic()
+            except ClusterError as error:
+                _log.warning("the Lease cannot be renewed: %s", error)
+                self._lost = self._clock.monotonic() - renewed >= DEADLINE
+            if self._lost:
+                self._waiting.close()
+                stop.set()
+
+    # ---- looking ----------------------------------------------------------------------------------
+
+    def _look(self, reconciler: Reconciler) -> None:
+        while (key := self._waiting.take()) is not None:
+            try:
+                again = reconciler.look(key)
+            except Exception as error:  # noqa: BLE001  one Dataset's trouble, a bug of ours among it, is its own
+                again = reconciler.failed(key)
+                expected = isinstance(error, ClusterError)
+                said = error if expected else repr(error)
+                _log.warning("%s/%s: %s; again in %.0f s", *key, said, again, exc_info=not expected)
+            finally:
+                self._waiting.done(key)
+            if again is not None:
+                self._waiting.add(key, after=again)
+
+    # ---- watching ---------------------------------------------------------------------------------
+
+    async def _watch(self, stop: threading.Event) -> None:
+        settings = kopf.OperatorSettings()
+        settings.posting.enabled = False
+        settings.scanning.disabled = True  # the kinds are known; nothing is to be watched for new ones
+        settings.watching.server_timeout = 300
+        await kopf.operator(
+            registry=self._registry(), settings=settings, standalone=True, clusterwide=True, stop_flag=stop
+        )
+
+    def _registry(self) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+        marked = {UID_LABEL: kopf.PRESENT}
+
+        @kopf.on.login(registry=registry)
+        def login(**_: Any) -> kopf.ConnectionInfo:
+            return _connection(self._configured)
+
+        @kopf.on.event(GROUP, VERSION, "datasets", registry=registry)
+        async def dataset(namespace: str | None, name: str | None, **_: Any) -> None:
+            self._waiting.add(Key(namespace or "", name or ""))
+
+        @kopf.on.event("v1", "persistentvolumeclaims", registry=registry, labels=marked)
+        @kopf.on.event("apps", "v1", "daemonsets", registry=registry, labels=marked)
+        async def made(annotations: Mapping[str, str], **_: Any) -> None:
+            self._look_at_owner(annotations)
+
+        @kopf.on.event("v1", "pods", registry=registry)
+        async def pod(event: Mapping[str, Any], annotations: Mapping[str, str], **_: Any) -> None:
+            self._look_at_owner(annotations)
+            for key in self._uses.note(event["object"], gone=event["type"] == "DELETED"):
+                self._waiting.add(key)
+
+        return registry
+
+    def _look_at_owner(self, annotations: Mapping[str, str]) -> None:
+        namespace, slash, name = annotations.get(DATASET_ANNOTATION, "").partition("/")
+        if slash:
+            self._waiting.add(Key(namespace, name))
+
+
+def _ask(url: str, token: str) -> Mapping[str, Any]:
+    return RemoteClient(url, token=token, timeout=PATIENCE).status()
+
+
+def _connection(configured: client.Configuration) -> kopf.ConnectionInfo:
+    """How kopf reaches the API: as the client does. Asked again when a token is refused."""
+    header = configured.get_api_key_with_prefix("BearerToken", "authorization") or ""
+    scheme, _, token = header.rpartition(" ")
+    return kopf.ConnectionInfo(
+        server=configured.host,
+        ca_path=configured.ssl_ca_cert,
+        insecure=not configured.verify_ssl,
+        scheme=scheme or ("Bearer" if token else None),
+        token=token or None,
+        certificate_path=configured.cert_file,
+        private_key_path=configured.key_file,
+    )

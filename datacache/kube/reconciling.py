@@ -1,0 +1,406 @@
+"""
+One Dataset brought to what it should be, as far as that goes now.
+
+`Reconciler.look` reads what there is, has `manifests` and `phase` say what should be, and makes the
+difference. It begins from nothing each time, so it may be killed at any line and called again; what is there
+already is not written again. The order of a deletion is what keeps data:
+
+1. the claim goes: no new pod can use it, and Kubernetes keeps it until the last one that does has ended;
+2. workers stay until all that was written is in the bucket, or the owner gives it up (`phase.blockers`);
+3. that nothing holds it is written into the status, since nobody can ask workers that are gone;
+4. everything else goes, and the finalizer last.
+
+Threads may look at different Datasets at once; `waiting` keeps them from one.
+"""
+
+import base64
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from datacache.clock import Clock
+from datacache.errors import ClusterError, Conflicting, DatacacheError, SettingError
+from datacache.kube import phase
+from datacache.kube.api import MANAGER, OURS, Api
+from datacache.kube.figures import read_figures
+from datacache.kube.manifests import UID_LABEL, copied_keys, name_of, names, node_label, objects
+from datacache.kube.phase import Figures, Observed, Workers
+from datacache.kube.release import API_PORT, GROUP, Name, Release
+from datacache.kube.spec import WRITE, DatasetSpec, read_dataset
+
+_log = logging.getLogger(__name__)
+
+FINALIZER = f"{GROUP}/dataset"
+AGAIN = 30.0
+"""Seconds until workers are asked again: as old the figures in a status are."""
+QUIET = 300.0
+"""Seconds until a Dataset without workers is looked at again, should an event have been missed."""
+GOING = 2.0
+"""Seconds until a deletion is looked at again."""
+IDLE = 600.0
+"""Seconds after which a node that nobody uses the Dataset on loses its worker (and keeps the copies)."""
+SLOWEST = 60.0
+"""Seconds between two tries of what fails, at most; the first comes after one."""
+_WITHIN = 4096
+"""Bytes of a token at most: whatever stands in the Secret is shown to workers as a header."""
+
+Object = dict[str, Any]
+
+
+class Key(NamedTuple):
+    """A Dataset."""
+
+    namespace: str
+    name: str
+
+
+class Reconciler:
+    """Looks at Datasets. `ask` gets the status of a worker by URL and token, or raises DatacacheError;
+    `nodes_of` says on which nodes pods use a claim.
+
+    State, of each Dataset by one thread at a time: `_applied` is what was applied last to which version of an
+    object, `_idle` since when a node is not wanted, `_failures` how many looks have failed in a row."""
+
+    def __init__(
+        self, api: Api, release: Release, *, clock: Clock, ask: Callable[[str, str], Mapping[str, Any]],
+        nodes_of: Callable[[Key], Iterable[str]], pool: ThreadPoolExecutor,
+    ) -> None:  # fmt: skip
+        self._api, self._release, self._clock = api, release, clock
+        self._ask, self._nodes_of, self._pool = ask, nodes_of, pool
+        self._applied: dict[Name, tuple[str, Object]] = {}
+        self._idle: dict[tuple[str, str], float] = {}
+        self._failures: dict[Key, int] = {}
+
+    def look(self, key: Key) -> float | None:
+        """Look at the Dataset; seconds until the next look, None when there is none any more. Raises
+        ClusterError: then it is to be tried again."""
+        obj = self._api.get(Name(OURS, "Dataset", key.namespace, key.name))
+        if obj is None:
+            again = None
+        elif obj["metadata"].get("deletionTimestamp"):
+            again = self._take_away(key, obj)
+        else:
+            if FINALIZER not in (obj["metadata"].get("finalizers") or ()):
+                obj = self._finalizers(obj, [*(obj["metadata"].get("finalizers") or ()), FINALIZER])
+            again = self._provide(key, obj)
+        self._failures.pop(key, None)
+        return again
+
+    def failed(self, key: Key) -> float:
+        """A look has failed: seconds until the next try."""
+        count = self._failures.get(key, 0)
+        self._failures[key] = count + 1
+        return float(min(SLOWEST, 2.0 ** min(count, 10)))
+
+    # ---- what should be ---------------------------------------------------------------------------
+
+    def _provide(self, key: Key, obj: Object) -> float:
+        there = self._there(key, obj)
+        spec, refused, missing, failed = None, "", "", ""
+        try:
+            spec = read_dataset(obj, self._release)
+        except SettingError as error:
+            refused = str(error)
+        if spec is not None:
+            try:
+                self._make(spec, there)
+            except SettingError as error:
+                missing = str(error)
+            except ClusterError as error:
+                if not _final(error):
+                    raise
+                failed = str(error)
+        labelled = self._labels(key, obj, spec)
+        figures, pods = self._figures(obj, there)
+        seen = Observed(
+            generation=obj["metadata"]["generation"],
+            writable=_writable(obj),
+            refused=refused,
+            missing=missing,
+            failed=failed,
+            claim=self._claim_phase(key, obj),
+            workers=self._workers(obj),
+            figures=tuple(figures),
+            silent=tuple(sorted(labelled - {each.node for each in figures})),
+        )
+        self._tell(obj, seen)
+        return AGAIN if pods or labelled else QUIET
+
+    def _make(self, spec: DatasetSpec, there: dict[Name, Object]) -> None:
+        claim = Name("v1", "PersistentVolumeClaim", spec.namespace, spec.name)
+        if claim in there and not _ours(there[claim], spec.uid):
+            raise ClusterError(
+                f"a PersistentVolumeClaim {spec.name} is there already, of somebody else", status=409
+            )
+        found = {name: self._api.get(Name("v1", "Secret", spec.namespace, name)) for name in spec.secrets}
+        keys = copied_keys(spec, {name: each.get("data") or {} for name, each in found.items() if each})
+        wanted = objects(spec, self._release, keys=keys, token=self._token(spec, there))
+        for obj in wanted:
+            self._apply(obj, there.get(name_of(obj)))
+        for name in there.keys() - {name_of(obj) for obj in wanted}:
+            self._api.delete(name, uid=there[name]["metadata"]["uid"])
+        self._reclaim(there)
+
+    def _token(self, spec: DatasetSpec, there: Mapping[Name, Object]) -> str:
+        name = next(each for each in self._names(Key(spec.namespace, spec.name), spec.uid)
+                    if each.kind == "Secret" and each.name.endswith("-token"))  # fmt: skip
+        known = (there.get(name, {}).get("data") or {}).get("token")
+        return known or base64.b64encode(secrets.token_hex(32).encode()).decode()
+
+    def _apply(self, obj: Object, there: Object | None) -> None:
+        """Have `obj` be there. Nothing is sent when it is, or when just this was the last that was sent to
+        just that: the API writes some values in its own way."""
+        name = name_of(obj)
+        if there is not None:
+            if there["metadata"].get("deletionTimestamp"):
+                return  # it is made anew when it has gone
+            if _within(obj, there) or self._applied.get(name) == (_version(there), obj):
+                return
+        after = self._api.apply(obj)
+        self._applied[name] = (_version(after), obj)
+
+    def _reclaim(self, there: Mapping[Name, Object]) -> None:
+        """A claim that somebody deleted is made again, and the volume still waits for the one before."""
+        for name, volume in there.items():
+            if name.kind == "PersistentVolume" and (volume.get("status") or {}).get("phase") == "Released":
+                self._api.merge(name, {"spec": {"claimRef": {"uid": None, "resourceVersion": None}}})
+
+    # ---- nodes ------------------------------------------------------------------------------------
+
+    def _labels(self, key: Key, obj: Object, spec: DatasetSpec | None) -> set[str]:
+        """Label the nodes that should have a worker, and after a while no others; those that are labelled."""
+        uid = obj["metadata"]["uid"]
+        label = node_label(uid)
+        labelled = {each["metadata"]["name"] for each in self._api.list("v1", "Node", labels=f"{label}=true")}
+        wanted = set(self._nodes_of(key))
+        if spec is not None and spec.node_selector:
+            chosen = ",".join(f"{name}={value}" for name, value in sorted(spec.node_selector.items()))
+            wanted |= {each["metadata"]["name"] for each in self._api.list("v1", "Node", labels=chosen)}
+        # A node that holds what is not in the bucket keeps its worker, which sends it.
+        wanted |= set(((obj.get("status") or {}).get("dirty") or {}).get("nodes") or ())
+        now = self._clock.monotonic()
+        for node in wanted - labelled:
+            if self._label(node, label, "true"):
+                labelled.add(node)
+        for node in wanted:
+            self._idle.pop((uid, node), None)
+        for node in labelled - wanted:
+            if now - self._idle.setdefault((uid, node), now) >= IDLE and spec is not None:
+                self._label(node, label, None)
+                del self._idle[uid, node]
+                labelled.discard(node)
+        return labelled
+
+    def _label(self, node: str, label: str, value: str | None) -> bool:
+        """Whether there is such a node, which has (or no longer has) the label now."""
+        name = Name("v1", "Node", "", node)
+        if self._api.get(name) is None:
+            return False
+        try:
+            self._api.merge(name, {"metadata": {"labels": {label: value}}})
+        except ClusterError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    # ---- what there is ----------------------------------------------------------------------------
+
+    def _names(self, key: Key, uid: str) -> tuple[Name, ...]:
+        return names(uid=uid, namespace=key.namespace, name=key.name, release=self._release)
+
+    def _there(self, key: Key, obj: Object) -> dict[Name, Object]:
+        found = {name: self._api.get(name) for name in self._names(key, obj["metadata"]["uid"])}
+        return {name: each for name, each in found.items() if each is not None}
+
+    def _claim_phase(self, key: Key, obj: Object) -> str:
+        claim = self._api.get(Name("v1", "PersistentVolumeClaim", key.namespace, key.name))
+        if claim is None or not _ours(claim, obj["metadata"]["uid"]):
+            return ""
+        return str((claim.get("status") or {}).get("phase") or "Pending")
+
+    def _workers(self, obj: Object) -> Workers | None:
+        key = Key(obj["metadata"]["namespace"], obj["metadata"]["name"])
+        name = next(each for each in self._names(key, obj["metadata"]["uid"]) if each.kind == "DaemonSet")
+        daemon_set = self._api.get(name)
+        if daemon_set is None:
+            return None
+        said = daemon_set.get("status") or {}
+        return Workers(
+            wanted=said.get("desiredNumberScheduled", 0),
+            ready=said.get("numberReady", 0),
+            updated=said.get("updatedNumberScheduled", 0),
+            current=said.get("observedGeneration") == daemon_set["metadata"]["generation"],
+        )
+
+    def _figures(self, obj: Object, there: Mapping[Name, Object]) -> tuple[list[Figures], int]:
+        """What the workers say, and how many pods of them there are. Who does not answer says nothing."""
+        uid = obj["metadata"]["uid"]
+        pods = self._api.list("v1", "Pod", namespace=self._release.namespace, labels=f"{UID_LABEL}={uid}")
+        data = next(
+            (each.get("data") or {} for name, each in there.items() if name.name.endswith("-token")), {}
+        )
+        token = base64.b64decode(str(data.get("token", ""))[:_WITHIN]).decode("ascii", "replace")
+        asked = []
+        for pod in pods:
+            node, address = pod["spec"].get("nodeName"), (pod.get("status") or {}).get("podIP")
+            if node and address and token and not pod["metadata"].get("deletionTimestamp"):
+                host = f"[{address}]" if ":" in address else address
+                url = f"http://{host}:{API_PORT}"
+                asked.append((node, self._pool.submit(self._ask, url, token)))
+        found = []
+        for node, answer in asked:
+            try:
+                found.append(read_figures(node, answer.result()))
+            except DatacacheError as error:
+                _log.info("%s: %s", node, error)
+        return found, len(pods)
+
+    # ---- telling ----------------------------------------------------------------------------------
+
+    def _tell(self, obj: Object, seen: Observed) -> Object:
+        """The status that `seen` makes, written where it is another; and the events of the difference."""
+        before = obj.get("status") or {}
+        after = phase.status(seen, before, now=_now(self._clock))
+        if after != before:
+            name = Name(OURS, "Dataset", obj["metadata"]["namespace"], obj["metadata"]["name"])
+            gone: Object = dict.fromkeys(before.keys() - after.keys())
+            self._api.merge(name, {"status": gone | after}, part="status")
+            for each in phase.news(before, after):
+                self._post(obj, each)
+        return after
+
+    def _post(self, obj: Object, news: phase.News) -> None:
+        metadata, now = obj["metadata"], _now(self._clock)
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {
+                "namespace": metadata["namespace"],
+                "name": f"{metadata['name']}.{secrets.token_hex(8)}",
+            },
+            "involvedObject": {
+                "apiVersion": OURS, "kind": "Dataset", "namespace": metadata["namespace"],
+                "name": metadata["name"], "uid": metadata["uid"],
+            },
+            "type": news.kind, "reason": news.reason, "message": news.message[: phase.MAX_MESSAGE],
+            "source": {"component": MANAGER}, "firstTimestamp": now, "lastTimestamp": now, "count": 1,
+        }  # fmt: skip
+        try:
+            self._api.create(event)
+        except ClusterError as error:  # nobody depends on it
+            _log.warning("%s/%s: no event was posted (%s)", metadata["namespace"], metadata["name"], error)
+
+    def _finalizers(self, obj: Object, finalizers: list[str]) -> Object:
+        metadata = obj["metadata"]
+        name = Name(OURS, "Dataset", metadata["namespace"], metadata["name"])
+        # With the version that was read: another's finalizer is not overwritten.
+        patch = {"metadata": {"finalizers": finalizers, "resourceVersion": metadata["resourceVersion"]}}
+        return self._api.merge(name, patch)
+
+    # ---- deletion ---------------------------------------------------------------------------------
+
+    def _take_away(self, key: Key, obj: Object) -> float | None:
+        metadata = obj["metadata"]
+        if FINALIZER not in (metadata.get("finalizers") or ()):
+            return None  # ours is off; others hold it
+        there = self._there(key, obj)
+        claim = Name("v1", "PersistentVolumeClaim", key.namespace, key.name)
+        mine = claim in there and _ours(there[claim], metadata["uid"])
+        if not mine:
+            there.pop(claim, None)
+        elif not there[claim]["metadata"].get("deletionTimestamp"):
+            self._api.delete(claim, uid=there[claim]["metadata"]["uid"])
+        seen = self._seen_going(key, obj, there, claimed=mine)
+        after = self._tell(obj, seen)
+        if phase.blockers(seen, obj.get("status") or {}) or mine:
+            return GOING
+        if not seen.released:
+            # From here on workers may be gone, and cannot be asked: what was found is written down first.
+            self._tell(obj | {"status": after}, phase.release(seen))
+        for name in self._names(key, metadata["uid"])[1:]:
+            if name in there:
+                self._api.delete(name, uid=there[name]["metadata"]["uid"])
+        label = node_label(metadata["uid"])
+        for node in self._api.list("v1", "Node", labels=label):
+            self._label(node["metadata"]["name"], label, None)
+        pods = self._api.list(
+            "v1", "Pod", namespace=self._release.namespace, labels=f"{UID_LABEL}={metadata['uid']}"
+        )
+        if there or pods:
+            return GOING
+        fresh = self._api.get(Name(OURS, "Dataset", key.namespace, key.name))
+        if fresh is not None and fresh["metadata"]["uid"] == metadata["uid"]:
+            left = [each for each in fresh["metadata"].get("finalizers") or () if each != FINALIZER]
+            self._finalizers(fresh, left)
+        return None
+
+    def _seen_going(self, key: Key, obj: Object, there: Mapping[Name, Object], *, claimed: bool) -> Observed:
+        label = node_label(obj["metadata"]["uid"])
+        labelled = {each["metadata"]["name"] for each in self._api.list("v1", "Node", labels=f"{label}=true")}
+        figures, _ = self._figures(obj, there)
+        users = []
+        if claimed:
+            users = [
+                f"{key.namespace}/{pod['metadata']['name']}"
+                for pod in self._api.list("v1", "Pod", namespace=key.namespace)
+                if key.name in claims_of(pod)
+            ]
+        return Observed(
+            generation=obj["metadata"]["generation"],
+            writable=_writable(obj),
+            claim="Bound" if claimed else "",
+            workers=self._workers(obj),
+            figures=tuple(figures),
+            silent=tuple(sorted(labelled - {each.node for each in figures})),
+            deleting=True,
+            users=tuple(users),
+            accept_loss=(obj["metadata"].get("annotations") or {}).get(phase.ACCEPT_LOSS) == "true",
+            released=phase.was_released(obj.get("status") or {}),
+        )
+
+
+def claims_of(pod: Mapping[str, Any]) -> set[str]:
+    """The claims that `pod` uses, unless it has ended."""
+    if (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed"):
+        return set()
+    volumes = (pod.get("spec") or {}).get("volumes") or ()
+    return {each["persistentVolumeClaim"]["claimName"] for each in volumes if "persistentVolumeClaim" in each}
+
+
+def _ours(obj: Mapping[str, Any], uid: str) -> bool:
+    return (obj["metadata"].get("labels") or {}).get(UID_LABEL) == uid
+
+
+def _writable(obj: Mapping[str, Any]) -> bool:
+    """By the object itself: what it holds is to be kept, whether or not the rest of its spec can be done."""
+    modes = (obj.get("spec") or {}).get("accessModes")
+    return isinstance(modes, list) and WRITE in modes
+
+
+def _final(error: ClusterError) -> bool:
+    """Whether trying again would be told the same."""
+    return error.status in (400, 403, 409, 413, 422) and not isinstance(error, Conflicting)
+
+
+def _version(obj: Mapping[str, Any]) -> str:
+    return str(obj["metadata"].get("resourceVersion"))
+
+
+def _within(wanted: Any, there: Any) -> bool:
+    """Whether all that `wanted` says stands in `there`, which may say more (what the API fills in), and
+    leaves out texts that are empty."""
+    if isinstance(wanted, Mapping):
+        return isinstance(there, Mapping) and all(
+            _within(value, there.get(key, "" if value == "" else None)) for key, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        return isinstance(there, list) and len(wanted) == len(there) and all(map(_within, wanted, there))
+    return bool(wanted == there) and type(wanted) is type(there)
+
+
+def _now(clock: Clock) -> str:
+    return datetime.fromtimestamp(clock.wall(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,501 @@
+"""A Dataset on a real API server, controller manager and scheduler: what becomes of it, and what is left."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from datacache.clock import VirtualClock
+from datacache.errors import ClusterError
+from datacache.kube.api import OURS, configuration
+from datacache.kube.controller import Controller
+from datacache.kube.manifests import CONFIG_ANNOTATION, node_label, objects
+from datacache.kube.phase import ACCEPT_LOSS
+from datacache.kube.reconciling import FINALIZER, IDLE, Key, Reconciler
+from datacache.kube.release import Name
+from datacache.kube.spec import read_dataset
+from tests.cluster.datasets import RELEASE, SECRET, CountingApi, Killed, Team, worker_says
+from tests.cluster.plane import ControlPlane, wait_until
+from tests.conftest import AnnouncedLogs
+
+CRDS = Path(__file__).parents[2] / "charts/datacache/files/crds"
+GiB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def installed(plane: ControlPlane) -> ControlPlane:
+    """With the CRDs, and the namespace of the release."""
+    plane.kubectl("apply", "-f", str(CRDS))
+    wait_until(lambda: plane.ask("/apis/datacache.io/v1alpha1/datasets")[0] == 200, "the CRDs to be served")
+    plane.kubectl("create", "namespace", RELEASE.namespace)
+    plane.kubectl("create", "-n", RELEASE.namespace, "serviceaccount", RELEASE.service_account)
+    return plane
+
+
+@pytest.fixture
+def team(installed: ControlPlane) -> Iterator[Team]:
+    found = Team(installed)
+    yield found
+    found.close()
+
+
+class Looker:
+    """A controller that looks when it is told to."""
+
+    def __init__(self, plane: ControlPlane, team: Team) -> None:
+        self.team, self.clock = team, VirtualClock()
+        self.nodes: set[str] = set()
+        self.api = CountingApi(configuration(str(plane.kubeconfig)))
+        self.pool = ThreadPoolExecutor(4, "ask")
+        self._begin()
+
+    def _begin(self) -> None:
+        self.reconciler = Reconciler(
+            self.api,
+            RELEASE,
+            clock=self.clock,
+            ask=self.team.ask,
+            nodes_of=lambda key: self.nodes,
+            pool=self.pool,
+        )
+
+    def begin_again(self) -> None:
+        """As after a restart: nothing is remembered."""
+        self.api.writes.clear()
+        self.api.dies_at = -1
+        self._begin()
+
+    def look(self, name: str = "data") -> float | None:
+        return self.reconciler.look(Key(self.team.namespace, name))
+
+    def until(self, true: object, what: str, name: str = "data") -> None:
+        def seen() -> object:
+            self.look(name)
+            return true()  # type: ignore[operator]
+
+        wait_until(seen, what)
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        self.api.close()
+
+
+@pytest.fixture
+def looker(installed: ControlPlane, team: Team) -> Iterator[Looker]:
+    found = Looker(installed, team)
+    yield found
+    found.close()
+
+
+def left_of(team: Team, uid: str) -> list[str]:
+    """What stands in the API and belongs to the Dataset of that uid."""
+    kinds = [("v1", "ConfigMap"), ("v1", "Secret"), ("v1", "Service"), ("v1", "PersistentVolume"),
+             ("v1", "PersistentVolumeClaim"), ("apps/v1", "DaemonSet"), ("v1", "Pod")]  # fmt: skip
+    labels = f"datacache.io/dataset-uid={uid}"
+    found = [
+        f"{kind} {each['metadata']['name']}"
+        for api, kind in kinds
+        for each in team.api.list(api, kind, labels=labels)
+    ]
+    return found + [each["metadata"]["name"] for each in team.api.list("v1", "Node", labels=node_label(uid))]
+
+
+def test_a_dataset_becomes_a_bound_volume(team: Team, looker: Looker) -> None:
+    obj = team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    assert team.see()["metadata"]["finalizers"] == [FINALIZER]
+    assert team.conditions() == {
+        "Accepted": ("True", "Accepted"), "VolumeBound": ("True", "Bound"),
+        "WorkersReady": ("True", "NoneWanted"), "Ready": ("True", "Ready"),
+    }  # fmt: skip
+    assert left_of(team, obj["metadata"]["uid"])
+
+
+def test_nothing_is_written_while_nothing_changes(team: Team, looker: Looker) -> None:
+    team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    looker.look()
+    for begin in (lambda: None, looker.begin_again):
+        begin()
+        looker.api.writes.clear()
+        for _ in range(3):
+            looker.clock.advance(60)
+            looker.look()
+        assert looker.api.writes == []
+
+
+def test_objects_are_taken_by_the_api_as_they_are(team: Team, looker: Looker) -> None:
+    """Each passes a strict dry run: no field that the API does not know, none that it refuses."""
+    team.dataset(
+        accessModes=["ReadWriteMany"],
+        write={"upload": {"mode": "async"}, "acceptNodeLoss": True},
+        tieredstore={"levels": [{"mediumtype": name, "quota": "1Gi"} for name in ("MEM", "SSD")]},
+        nodeSelector={"pool": "gpu"},
+        nodeAffinity={"required": {"nodeSelectorTerms": [{"matchFields": [
+            {"key": "metadata.name", "operator": "In", "values": [team.node]}]}]}},
+        tolerations=[{"key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}],
+        worker={"resources": {"requests": {"cpu": 2}}, "podMetadata": {"labels": {"team": "a"}}},
+    )  # fmt: skip
+    spec = read_dataset(team.see(), RELEASE)
+    for obj in objects(spec, RELEASE, keys={"a.b": "eA=="}, token="eA=="):
+        looker.api.apply(obj, dry_run=True)
+    with pytest.raises(ClusterError, match="field not declared in schema"):
+        looker.api.apply(obj | {"spec": obj["spec"] | {"nonsense": 1}}, dry_run=True)
+
+
+def test_a_change_rolls_the_workers_and_what_was_taken_out_is_gone(team: Team, looker: Looker) -> None:
+    obj = team.dataset(worker={"podMetadata": {"annotations": {"example.com/a": "b"}}})
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    name = Name("apps/v1", "DaemonSet", RELEASE.namespace, f"datacache-{obj['metadata']['uid']}")
+
+    def annotations() -> dict[str, str]:
+        return team.api.get(name)["spec"]["template"]["metadata"]["annotations"]
+
+    before = annotations()
+    assert before["example.com/a"] == "b"
+    dataset = Name(OURS, "Dataset", team.namespace, "data")
+    team.api.merge(dataset, {"spec": {"worker": None, "consistency": {"ttl": "5s"}}})
+    looker.until(lambda: "example.com/a" not in annotations(), "the annotation to go")
+    assert annotations()[CONFIG_ANNOTATION] != before[CONFIG_ANNOTATION]
+
+
+def test_what_somebody_else_changes_is_put_right(team: Team, looker: Looker) -> None:
+    obj = team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    name = Name("v1", "ConfigMap", RELEASE.namespace, f"datacache-{obj['metadata']['uid']}")
+    right = team.api.get(name)["data"]
+    team.api.merge(name, {"data": {"datacache.yaml": "{}"}})
+    looker.look()
+    assert team.api.get(name)["data"] == right
+    service = Name("v1", "Service", RELEASE.namespace, f"datacache-{obj['metadata']['uid']}")
+    team.api.delete(service, uid=team.api.get(service)["metadata"]["uid"])
+    looker.look()
+    assert team.api.get(service)
+
+
+def test_a_claim_that_was_deleted_is_made_anew_and_bound_again(team: Team, looker: Looker) -> None:
+    team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    claim = Name("v1", "PersistentVolumeClaim", team.namespace, "data")
+    first = team.api.get(claim)["metadata"]["uid"]
+    team.api.delete(claim, uid=first)
+    wait_until(lambda: team.api.get(claim) is None, "the claim to go")
+
+    def again() -> bool:
+        found = team.api.get(claim)
+        return bool(found and found["metadata"]["uid"] != first and found["status"].get("phase") == "Bound")
+
+    looker.until(again, "another claim, bound")
+
+
+def test_a_claim_of_somebody_else_is_neither_taken_nor_deleted(team: Team, looker: Looker) -> None:
+    claim = Name("v1", "PersistentVolumeClaim", team.namespace, "data")
+    team.api.create(
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim",
+         "metadata": {"namespace": team.namespace, "name": "data"},
+         "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "", "volumeName": "other",
+                  "resources": {"requests": {"storage": "1Gi"}}}}
+    )  # fmt: skip
+    team.dataset()
+    looker.look()
+    assert team.status()["phase"] == "Failed"
+    assert team.conditions()["Ready"] == ("False", "Refused")
+    assert any(
+        "a PersistentVolumeClaim data is there already, of somebody else" in said for _, said in team.events()
+    )
+    team.delete()
+    looker.until(lambda: team.see() is None, "the Dataset to go")
+    assert team.api.get(claim)["spec"]["volumeName"] == "other"
+
+
+def test_a_secret_that_is_missing_is_said_on_the_dataset_and_noticed_when_it_comes(
+    team: Team, looker: Looker
+) -> None:
+    secret = Name("v1", "Secret", team.namespace, "s3")
+    data = team.api.get(secret)["data"]
+    team.api.delete(secret, uid=team.api.get(secret)["metadata"]["uid"])
+    team.dataset()
+    looker.look()
+    assert team.status()["phase"] == "Failed"
+    assert team.conditions()["Accepted"] == ("False", "SecretMissing")
+    assert any(reason == "SecretMissing" and "'s3'" in said for reason, said in team.events())
+    team.api.create(
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"namespace": team.namespace, "name": "s3"},
+            "data": data,
+        }
+    )
+    looker.until(lambda: team.status()["phase"] == "Bound", "the Dataset to be well")
+
+
+def test_keys_that_are_rotated_reach_the_workers_and_roll_nothing(team: Team, looker: Looker) -> None:
+    obj = team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    ours = f"datacache-{obj['metadata']['uid']}"
+    generation = team.api.get(Name("apps/v1", "DaemonSet", RELEASE.namespace, ours))["metadata"]["generation"]
+    team.api.merge(Name("v1", "Secret", team.namespace, "s3"), {"data": {"secret": "bmV3"}})
+    looker.look()
+    assert "bmV3" in team.api.get(Name("v1", "Secret", RELEASE.namespace, f"{ours}-keys"))["data"].values()
+    after = team.api.get(Name("apps/v1", "DaemonSet", RELEASE.namespace, ours))["metadata"]["generation"]
+    assert after == generation
+
+
+def test_a_spec_that_cannot_be_done_leaves_what_works_at_work(team: Team, looker: Looker) -> None:
+    team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    level = {"mediumtype": "SSD", "quota": "1Gi", "path": "/etc"}
+    team.api.merge(
+        Name(OURS, "Dataset", team.namespace, "data"), {"spec": {"tieredstore": {"levels": [level]}}}
+    )
+    looker.look()
+    assert team.status()["phase"] == "Degraded"
+    assert team.conditions()["Accepted"] == ("False", "Invalid")
+    said = next(each["message"] for each in team.status()["conditions"] if each["type"] == "Accepted")
+    assert said.startswith("spec.tieredstore.levels[0].path: '/etc' will not do; expected a path below ")
+    assert team.api.get(Name("v1", "PersistentVolumeClaim", team.namespace, "data"))
+
+
+# ---- workers -------------------------------------------------------------------------------------
+
+
+def test_a_worker_comes_to_the_node_of_a_pod_and_goes_when_it_is_idle(team: Team, looker: Looker) -> None:
+    obj = team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    assert team.workers(obj) == [], "nobody needs one"
+    looker.nodes = {team.node}
+    looker.look()
+    team.ready(obj, worker_says(cached=GiB // 2))
+    looker.until(lambda: team.status().get("cached") == GiB // 2, "the figures of the worker")
+    status = team.status()
+    assert (status["ufsTotal"], status["fileNum"], status["cachedPercentage"]) == (GiB, 10, 50)
+    assert status["hitRatio"] == "0.750"
+    assert status["nodes"] == [{"name": team.node, "cached": GiB // 2}]
+    assert status["shown"] == {"ufsTotal": "1.0 GiB", "cached": "512.0 MiB", "cachedPercentage": "50%"}
+    looker.until(lambda: team.conditions()["WorkersReady"] == ("True", "AllReady"), "the DaemonSet to say so")
+
+    looker.nodes = set()
+    looker.look()
+    looker.clock.advance(IDLE - 1)
+    looker.look()
+    assert len(team.workers(obj)) == 1
+    looker.clock.advance(1)
+    looker.look()
+    wait_until(lambda: not _running(team, obj), "the worker to go")
+
+
+def _running(team: Team, obj: dict) -> list:
+    return [each for each in team.workers(obj) if not each["metadata"].get("deletionTimestamp")]
+
+
+def test_nodes_of_the_selector_have_a_worker_at_once(team: Team, looker: Looker) -> None:
+    team.add_node(f"{team.node}-gpu", pool=team.namespace)
+    obj = team.dataset(nodeSelector={"pool": team.namespace})
+    looker.look()
+    wait_until(lambda: any(w["spec"].get("nodeName") for w in team.workers(obj)), "a worker on a node")
+    assert [w["spec"]["nodeName"] for w in team.workers(obj)] == [f"{team.node}-gpu"]
+
+
+def test_a_token_is_made_once_and_shown_to_workers_only(team: Team, looker: Looker) -> None:
+    obj = team.dataset()
+    looker.nodes = {team.node}
+    looker.look()
+    team.ready(obj, worker_says(cached=1))
+    looker.until(lambda: team.status().get("cached") == 1, "the figures")
+    looker.begin_again()
+    looker.look()
+    assert len(team.tokens) == 1, "a restart makes no other"
+    (token,) = team.tokens
+    assert len(token) == 64
+    shown = str(team.see()) + str(team.api.list("v1", "Event")) + str(team.api.list("apps/v1", "DaemonSet"))
+    assert token not in shown and SECRET.decode() not in shown
+
+
+def test_a_worker_that_does_not_come_up_is_seen_and_so_is_its_return(team: Team, looker: Looker) -> None:
+    obj = team.dataset()
+    looker.nodes = {team.node}
+    looker.until(lambda: team.conditions().get("WorkersReady") == ("False", "Starting"), "0 of 1 workers")
+    looker.until(lambda: team.status()["phase"] == "Degraded", "a word for it")
+    team.ready(obj, worker_says())
+    looker.until(lambda: team.status()["phase"] == "Bound", "all to be well")
+
+
+# ---- deletion ------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_behind(team: Team, looker: Looker) -> None:
+    obj = team.dataset()
+    looker.nodes = {team.node}
+    looker.look()
+    team.ready(obj, worker_says())
+    team.delete()
+    looker.until(lambda: _ended(team, obj) and team.see() is None, "the Dataset to go")
+    assert left_of(team, obj["metadata"]["uid"]) == []
+
+
+def _ended(team: Team, obj: dict) -> bool:
+    """There is no kubelet: workers that were told to end have ended."""
+    for each in team.workers(obj):
+        if each["metadata"].get("deletionTimestamp"):
+            team.end(Name("v1", "Pod", RELEASE.namespace, each["metadata"]["name"]))
+    return True
+
+
+def test_a_pod_that_uses_it_holds_a_deletion_and_it_says_so(team: Team, looker: Looker) -> None:
+    team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    pod = team.pod()
+    team.delete()
+    looker.look()
+    assert team.status()["phase"] == "Deleting"
+    assert team.conditions()["DeletionBlocked"] == ("True", "InUse")
+    assert ("InUse", f"used by pod {team.namespace}/reader") in team.events()
+    assert team.api.get(Name("v1", "PersistentVolumeClaim", team.namespace, "data")), "it goes on reading"
+    team.end(pod)
+    looker.until(lambda: team.see() is None, "the Dataset to go")
+
+
+def test_dirty_data_holds_a_deletion_whatever_is_killed(team: Team, looker: Looker) -> None:
+    obj = team.dataset(accessModes=["ReadWriteMany"])
+    looker.nodes = {team.node}
+    looker.look()
+    team.ready(obj, worker_says(dirty=GiB, due=1))
+    looker.until(lambda: team.status().get("dirty", {}).get("nodes") == [team.node], "the worker to be heard")
+    team.delete()
+    looker.until(lambda: team.conditions().get("DeletionBlocked") == ("True", "NotUploaded"), "the reason")
+
+    answers = dict(team.answers)
+    team.answers.clear()  # its worker is killed; and so is the controller
+    looker.begin_again()
+    for _ in range(3):
+        looker.look()
+    assert team.conditions()["DeletionBlocked"] == ("True", "NotUploaded")
+    assert len(_running(team, obj)) == 1, "who is to upload it stays"
+
+    team.answers.update({url: worker_says() for url in answers})
+    looker.until(lambda: _ended(team, obj) and team.see() is None, "the Dataset to go")
+    assert left_of(team, obj["metadata"]["uid"]) == []
+
+
+def test_what_is_not_uploaded_is_given_up_when_its_owner_says_so(team: Team, looker: Looker) -> None:
+    obj = team.dataset(accessModes=["ReadWriteMany"])
+    looker.nodes = {team.node}
+    looker.look()
+    team.ready(obj, worker_says(dirty=GiB))
+    team.delete()
+    looker.look()
+    team.api.merge(
+        Name(OURS, "Dataset", team.namespace, "data"), {"metadata": {"annotations": {ACCEPT_LOSS: "true"}}}
+    )
+    looker.until(lambda: _ended(team, obj) and team.see() is None, "the Dataset to go")
+
+
+def test_it_may_be_killed_at_any_write(team: Team, looker: Looker) -> None:
+    """Before each of the writes of a life it dies and begins again from nothing; it comes to the same end."""
+    looker.nodes = {team.node}
+    for at in range(40):
+        name = f"data-{at}"
+        obj = team.dataset(name, accessModes=["ReadWriteMany"])
+        looker.begin_again()
+        looker.api.dies_at = at
+        died = False
+        try:
+            _life(team, looker, obj, name)
+        except Killed:
+            died = True
+            looker.begin_again()
+            _life(team, looker, obj, name)
+        assert left_of(team, obj["metadata"]["uid"]) == []
+        if not died:
+            assert at > 15, "each of its writes was one that it died before"
+            return
+    raise AssertionError("a life has more writes than that?")
+
+
+def _life(team: Team, looker: Looker, obj: dict, name: str) -> None:
+    """From creation to the end, however far it had come before."""
+    found = team.see(name)
+    if found and not found["metadata"].get("deletionTimestamp"):
+        looker.until(
+            lambda: team.status(name).get("dirty") is not None and team.workers(obj), "a worker", name
+        )
+        team.ready(obj, worker_says())
+        looker.until(lambda: team.status(name).get("phase") == "Bound", "the Dataset to be well", name)
+        team.delete(name)
+    looker.until(lambda: _ended(team, obj) and team.see(name) is None, "the Dataset to go", name)
+
+
+# ---- the process ---------------------------------------------------------------------------------
+
+
+class Running:
+    """A controller that runs, in threads of its own."""
+
+    def __init__(self, plane: ControlPlane, team: Team, me: str) -> None:
+        self.stop, self.raised = threading.Event(), []
+        self.controller = Controller(configuration(str(plane.kubeconfig)), RELEASE, me=me, ask=team.ask)
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.controller.run(self.stop)
+        except ClusterError as error:
+            self.raised.append(error)
+
+    def end(self) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+LEASE = Name("coordination.k8s.io/v1", "Lease", RELEASE.namespace, "datacache-controller")
+
+
+def test_a_life_under_the_controller_itself(installed: ControlPlane, team: Team) -> None:
+    """Nobody tells it when to look: it hears of the Dataset, of the pod, of the worker, and of the end."""
+    running = Running(installed, team, "one")
+    try:
+        obj = team.dataset()
+        wait_until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+        pod = team.pod()
+        team.ready(obj, worker_says(cached=GiB))
+        wait_until(lambda: team.status().get("cached") == GiB, "the figures")
+        team.delete()
+        wait_until(lambda: team.conditions().get("DeletionBlocked") == ("True", "InUse"), "the reason")
+        team.end(pod)
+        wait_until(lambda: _ended(team, obj) and team.see() is None, "the Dataset to go")
+        assert left_of(team, obj["metadata"]["uid"]) == []
+        pods = team.api.list("v1", "Pod")
+        assert not any("kopf" in str(each["metadata"]) for each in [obj, *pods]), (
+            "it stores nothing on objects"
+        )
+    finally:
+        running.end()
+    assert running.raised == []
+    assert team.api.get(LEASE)["spec"]["holderIdentity"] == "", "the next one need not wait"
+
+
+def test_only_the_holder_of_the_lease_acts(installed: ControlPlane, team: Team, logs: AnnouncedLogs) -> None:
+    first = Running(installed, team, "first")
+    wait_until(
+        lambda: (team.api.get(LEASE) or {"spec": {}})["spec"].get("holderIdentity") == "first", "the Lease"
+    )
+    second = Running(installed, team, "second")
+    try:
+        team.dataset()
+        wait_until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+        assert "0 due, 0 held" in repr(second.controller), "it has not begun to watch"
+        # Somebody takes it away from the first, which notices, stops and says so.
+        team.api.merge(LEASE, {"spec": {"holderIdentity": "third"}})
+        first.thread.join(30)
+        assert [str(error) for error in first.raised] == [
+            "the Lease datacache/datacache-controller was lost: another acts now"
+        ]
+        assert team.api.get(LEASE)["spec"]["holderIdentity"] in ("third", "second"), "nothing is taken back"
+    finally:
+        first.end()
+        second.end()
+        team.api.merge(LEASE, {"spec": {"holderIdentity": ""}})
