@@ -7,7 +7,8 @@ client's own classes for objects are not used: what we apply are plain values, a
 """
 
 import json
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kubernetes import client, config
@@ -21,6 +22,8 @@ MANAGER = "datacache-controller"
 """The field manager: which fields of an object are ours."""
 TIMEOUT = (5.0, 30.0)
 """Seconds to connect, and for the answer."""
+MAX_EVENT = 1024
+"""Characters of an event's message: what the API takes."""
 PAGE = 500
 """Objects of one answer of a list."""
 
@@ -121,6 +124,30 @@ class Api:
         path = _path(name) + (f"/{part}" if part else "")
         query = {"fieldManager": MANAGER}
         return self._ask("PATCH", path, patch, kind="application/merge-patch+json", query=query)
+
+    def finalizers(self, obj: Object, finalizers: Sequence[str]) -> Object:
+        """Have `obj` have these. Raises Conflicting when it has changed: another's is never overwritten."""
+        metadata = obj["metadata"]
+        name = Name(obj["apiVersion"], obj["kind"], metadata.get("namespace", ""), metadata["name"])
+        patch = {"metadata": {"finalizers": [*finalizers], "resourceVersion": metadata["resourceVersion"]}}
+        return self.merge(name, patch)
+
+    def post(self, obj: Object, kind: str, reason: str, message: str, *, now: str) -> None:
+        """Post an event on `obj`, of `kind` Normal or Warning."""
+        metadata = obj["metadata"]
+        self.create({
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {
+                "namespace": metadata["namespace"], "name": f"{metadata['name']}.{secrets.token_hex(8)}",
+            },
+            "involvedObject": {
+                "apiVersion": obj["apiVersion"], "kind": obj["kind"], "namespace": metadata["namespace"],
+                "name": metadata["name"], "uid": metadata["uid"],
+            },
+            "type": kind, "reason": reason, "message": message[:MAX_EVENT],
+            "source": {"component": MANAGER}, "firstTimestamp": now, "lastTimestamp": now, "count": 1,
+        })  # fmt: skip
 
     def delete(self, name: Name, *, uid: str, grace: int | None = None) -> None:
         """Delete the object of that `uid`; nothing where it has gone, or is another by now. `grace`: seconds

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import asdict
 from typing import Any
 
 import kopf
@@ -20,13 +21,16 @@ from kubernetes import client
 
 from datacache.clock import Clock, SystemClock
 from datacache.cluster.client import RemoteClient
-from datacache.errors import ClusterError
+from datacache.errors import ClusterError, Conflicting
 from datacache.kube.api import Api
+from datacache.kube.asking import Asking, Worker
 from datacache.kube.lease import DEADLINE, EVERY, Lease
+from datacache.kube.loading import Loader
 from datacache.kube.manifests import DATASET_ANNOTATION, UID_LABEL
-from datacache.kube.reconciling import Key, Reconciler, claims_of
-from datacache.kube.release import GROUP, VERSION, Name, Release
+from datacache.kube.reconciling import Reconciler, claims_of
+from datacache.kube.release import GROUP, VERSION, Key, Name, Release
 from datacache.kube.waiting import Waiting
+from datacache.reading.job import LoadRequest
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +38,9 @@ LOOKERS = 4
 """Datasets that are looked at at once: the calls of one wait for the API most of the time."""
 ASKERS = 16
 """Workers that are asked at once."""
+SLOWEST = 60.0
+"""Seconds between two tries of what fails, at most; the first comes after one."""
+DATASET, LOAD = "Dataset", "DataLoad"
 PATIENCE = 5.0
 """Seconds that a worker may take to say how it is."""
 
@@ -67,13 +74,14 @@ class Controller:
 
     def __init__(
         self, configured: client.Configuration, release: Release, *, me: str, clock: Clock | None = None,
-        ask: Callable[[str, str], Mapping[str, Any]] | None = None,
+        connect: Callable[[str, str], Worker] | None = None,
     ) -> None:  # fmt: skip
-        """`ask` gets the status of a worker by its URL and token, over its API unless told otherwise."""
+        """`connect` makes a worker of its URL and token; over its API unless told otherwise."""
         self._configured, self._release, self._me = configured, release, me
-        self._ask = ask or _ask
+        self._connect = connect or _Remote
         self._clock = clock or SystemClock()
-        self._waiting: Waiting[Key] = Waiting(self._clock)
+        self._waiting: Waiting[tuple[str, Key]] = Waiting(self._clock)
+        self._failures: dict[tuple[str, Key], int] = {}  # in a row; of each by the thread that looks at it
         self._uses = Uses()
         self._lost = False
 
@@ -88,13 +96,18 @@ class Controller:
             if not self._acquire(lease, stop):
                 return
             _log.info("%s acts", self._me)
-            reconciler = Reconciler(
-                api, self._release, clock=self._clock, ask=self._ask, nodes_of=self._uses.nodes_of, pool=pool
-            )
+            asking = Asking(api, self._release, connect=self._connect, pool=pool)
+            look = {
+                DATASET: Reconciler(
+                    api, self._release, asking, clock=self._clock, nodes_of=self._uses.nodes_of
+                ).look,
+                LOAD: Loader(
+                    api, self._release, asking, clock=self._clock, dataset_changed=self._dataset_changed
+                ).look,
+            }
             threads = [threading.Thread(target=self._renew, args=(lease, stop), name="lease")]
             threads += [
-                threading.Thread(target=self._look, args=(reconciler,), name=f"look-{i}")
-                for i in range(LOOKERS)
+                threading.Thread(target=self._look, args=(look,), name=f"look-{i}") for i in range(LOOKERS)
             ]
             for thread in threads:
                 thread.start()
@@ -140,19 +153,24 @@ class Controller:
 
     # ---- looking ----------------------------------------------------------------------------------
 
-    def _look(self, reconciler: Reconciler) -> None:
-        while (key := self._waiting.take()) is not None:
+    def _look(self, look: Mapping[str, Callable[[Key], float | None]]) -> None:
+        while (work := self._waiting.take()) is not None:
+            kind, key = work
             try:
-                again = reconciler.look(key)
-            except Exception as error:  # noqa: BLE001  one Dataset's trouble, a bug of ours among it, is its own
-                again = reconciler.failed(key)
+                again = look[kind](key)
+                self._failures.pop(work, None)
+            except Conflicting:
+                again = 0.5  # somebody was faster: look again
+            except Exception as error:  # noqa: BLE001  one object's trouble, a bug of ours too, is its own
+                count = self._failures[work] = self._failures.get(work, 0) + 1
+                again = min(SLOWEST, 2.0 ** min(count - 1, 10))
                 expected = isinstance(error, ClusterError)
                 said = error if expected else repr(error)
-                _log.warning("%s/%s: %s; again in %.0f s", *key, said, again, exc_info=not expected)
+                _log.warning("%s %s/%s: %s; again in %.0f s", kind, *key, said, again, exc_info=not expected)
             finally:
-                self._waiting.done(key)
+                self._waiting.done(work)
             if again is not None:
-                self._waiting.add(key, after=again)
+                self._waiting.add(work, after=again)
 
     # ---- watching ---------------------------------------------------------------------------------
 
@@ -175,7 +193,11 @@ class Controller:
 
         @kopf.on.event(GROUP, VERSION, "datasets", registry=registry)
         async def dataset(namespace: str | None, name: str | None, **_: Any) -> None:
-            self._waiting.add(Key(namespace or "", name or ""))
+            self._dataset_changed(Key(namespace or "", name or ""))
+
+        @kopf.on.event(GROUP, VERSION, "dataloads", registry=registry)
+        async def load(namespace: str | None, name: str | None, **_: Any) -> None:
+            self._waiting.add((LOAD, Key(namespace or "", name or "")))
 
         @kopf.on.event("v1", "persistentvolumeclaims", registry=registry, labels=marked)
         @kopf.on.event("apps", "v1", "daemonsets", registry=registry, labels=marked)
@@ -186,18 +208,36 @@ class Controller:
         async def pod(event: Mapping[str, Any], annotations: Mapping[str, str], **_: Any) -> None:
             self._look_at_owner(annotations)
             for key in self._uses.note(event["object"], gone=event["type"] == "DELETED"):
-                self._waiting.add(key)
+                self._dataset_changed(key)
 
         return registry
+
+    def _dataset_changed(self, key: Key) -> None:
+        self._waiting.add((DATASET, key))
 
     def _look_at_owner(self, annotations: Mapping[str, str]) -> None:
         namespace, slash, name = annotations.get(DATASET_ANNOTATION, "").partition("/")
         if slash:
-            self._waiting.add(Key(namespace, name))
+            self._dataset_changed(Key(namespace, name))
 
 
-def _ask(url: str, token: str) -> Mapping[str, Any]:
-    return RemoteClient(url, token=token, timeout=PATIENCE).status()
+class _Remote:
+    """A worker over its API."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self._client = RemoteClient(url, token=token, timeout=PATIENCE)
+
+    def status(self) -> Mapping[str, Any]:
+        return self._client.status()
+
+    def load(self, path: str, *, globs: tuple[str, ...], bandwidth: int, verify: bool) -> str:
+        return self._client.load(LoadRequest(path, globs=globs, bandwidth=bandwidth, verify=verify))
+
+    def load_status(self, job: str) -> Mapping[str, Any]:
+        return asdict(self._client.load_status(job))
+
+    def load_cancel(self, job: str) -> None:
+        self._client.load_cancel(job)
 
 
 def _connection(configured: client.Configuration) -> kopf.ConnectionInfo:

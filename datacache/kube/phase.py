@@ -11,6 +11,7 @@ comes back makes the Dataset whole again.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from datacache.model import format_size
@@ -25,6 +26,19 @@ ACCEPT_LOSS = "datacache.io/accept-loss"
 """Annotation on a Dataset that is being deleted: `true` lets it go with what was not uploaded."""
 
 TRUE, FALSE, UNKNOWN = "True", "False", "Unknown"
+
+
+def rfc3339(seconds: float) -> str:
+    """A time since the epoch, as the API writes it."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def seconds_since(written: str, now: float) -> float:
+    """Seconds from a time as the API writes it to `now`; infinity where it is none."""
+    try:
+        return now - datetime.fromisoformat(written).timestamp()
+    except ValueError:
+        return float("inf")
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,18 @@ import base64
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from datacache.clock import Clock
-from datacache.errors import ClusterError, Conflicting, DatacacheError, SettingError
+from datacache.errors import ClusterError, Conflicting, SettingError
 from datacache.kube import phase
-from datacache.kube.api import MANAGER, OURS, Api
+from datacache.kube.api import OURS, Api
+from datacache.kube.asking import Asking
 from datacache.kube.figures import read_figures
+from datacache.kube.loads import ENDED, jobs_of
 from datacache.kube.manifests import UID_LABEL, copied_keys, name_of, names, node_label, objects
 from datacache.kube.phase import Figures, Observed, Workers
-from datacache.kube.release import API_PORT, GROUP, Name, Release
+from datacache.kube.release import GROUP, Key, Name, Release
 from datacache.kube.spec import WRITE, DatasetSpec, read_dataset
 
 _log = logging.getLogger(__name__)
@@ -42,37 +42,24 @@ GOING = 2.0
 """Seconds until a deletion is looked at again."""
 IDLE = 600.0
 """Seconds after which a node that nobody uses the Dataset on loses its worker (and keeps the copies)."""
-SLOWEST = 60.0
-"""Seconds between two tries of what fails, at most; the first comes after one."""
-_WITHIN = 4096
-"""Bytes of a token at most: whatever stands in the Secret is shown to workers as a header."""
 
 Object = dict[str, Any]
 
 
-class Key(NamedTuple):
-    """A Dataset."""
-
-    namespace: str
-    name: str
-
-
 class Reconciler:
-    """Looks at Datasets. `ask` gets the status of a worker by URL and token, or raises DatacacheError;
-    `nodes_of` says on which nodes pods use a claim.
+    """Looks at Datasets. `nodes_of` says on which nodes pods use a claim.
 
     State, of each Dataset by one thread at a time: `_applied` is what was applied last to which version of an
-    object, `_idle` since when a node is not wanted, `_failures` how many looks have failed in a row."""
+    object, `_idle` since when a node is not wanted."""
 
     def __init__(
-        self, api: Api, release: Release, *, clock: Clock, ask: Callable[[str, str], Mapping[str, Any]],
-        nodes_of: Callable[[Key], Iterable[str]], pool: ThreadPoolExecutor,
+        self, api: Api, release: Release, asking: Asking, *, clock: Clock,
+        nodes_of: Callable[[Key], Iterable[str]],
     ) -> None:  # fmt: skip
-        self._api, self._release, self._clock = api, release, clock
-        self._ask, self._nodes_of, self._pool = ask, nodes_of, pool
+        self._api, self._release, self._asking = api, release, asking
+        self._clock, self._nodes_of = clock, nodes_of
         self._applied: dict[Name, tuple[str, Object]] = {}
         self._idle: dict[tuple[str, str], float] = {}
-        self._failures: dict[Key, int] = {}
 
     def look(self, key: Key) -> float | None:
         """Look at the Dataset; seconds until the next look, None when there is none any more. Raises
@@ -84,16 +71,9 @@ class Reconciler:
             again = self._take_away(key, obj)
         else:
             if FINALIZER not in (obj["metadata"].get("finalizers") or ()):
-                obj = self._finalizers(obj, [*(obj["metadata"].get("finalizers") or ()), FINALIZER])
+                obj = self._api.finalizers(obj, [*(obj["metadata"].get("finalizers") or ()), FINALIZER])
             again = self._provide(key, obj)
-        self._failures.pop(key, None)
         return again
-
-    def failed(self, key: Key) -> float:
-        """A look has failed: seconds until the next try."""
-        count = self._failures.get(key, 0)
-        self._failures[key] = count + 1
-        return float(min(SLOWEST, 2.0 ** min(count, 10)))
 
     # ---- what should be ---------------------------------------------------------------------------
 
@@ -114,7 +94,7 @@ class Reconciler:
                     raise
                 failed = str(error)
         labelled = self._labels(key, obj, spec)
-        figures, pods = self._figures(obj, there)
+        figures, pods = self._figures(obj)
         seen = Observed(
             generation=obj["metadata"]["generation"],
             writable=_writable(obj),
@@ -179,6 +159,7 @@ class Reconciler:
         if spec is not None and spec.node_selector:
             chosen = ",".join(f"{name}={value}" for name, value in sorted(spec.node_selector.items()))
             wanted |= {each["metadata"]["name"] for each in self._api.list("v1", "Node", labels=chosen)}
+        wanted |= self._loading(key)
         # A node that holds what is not in the bucket keeps its worker, which sends it.
         wanted |= set(((obj.get("status") or {}).get("dirty") or {}).get("nodes") or ())
         now = self._clock.monotonic()
@@ -193,6 +174,16 @@ class Reconciler:
                 del self._idle[uid, node]
                 labelled.discard(node)
         return labelled
+
+    def _loading(self, key: Key) -> set[str]:
+        """Nodes on which a DataLoad is at work, or is to be."""
+        found = set()
+        for load in self._api.list(OURS, "DataLoad", namespace=key.namespace):
+            status = load.get("status") or {}
+            ended = load["metadata"].get("deletionTimestamp") or status.get("phase") in ENDED
+            if load["spec"]["dataset"]["name"] == key.name and not ended:
+                found |= set(jobs_of(status))
+        return found
 
     def _label(self, node: str, label: str, value: str | None) -> bool:
         """Whether there is such a node, which has (or no longer has) the label now."""
@@ -236,70 +227,30 @@ class Reconciler:
             current=said.get("observedGeneration") == daemon_set["metadata"]["generation"],
         )
 
-    def _figures(self, obj: Object, there: Mapping[Name, Object]) -> tuple[list[Figures], int]:
+    def _figures(self, obj: Object) -> tuple[list[Figures], int]:
         """What the workers say, and how many pods of them there are. Who does not answer says nothing."""
         uid = obj["metadata"]["uid"]
-        pods = self._api.list("v1", "Pod", namespace=self._release.namespace, labels=f"{UID_LABEL}={uid}")
-        data = next(
-            (each.get("data") or {} for name, each in there.items() if name.name.endswith("-token")), {}
-        )
-        token = base64.b64decode(str(data.get("token", ""))[:_WITHIN]).decode("ascii", "replace")
-        asked = []
-        for pod in pods:
-            node, address = pod["spec"].get("nodeName"), (pod.get("status") or {}).get("podIP")
-            if node and address and token and not pod["metadata"].get("deletionTimestamp"):
-                host = f"[{address}]" if ":" in address else address
-                url = f"http://{host}:{API_PORT}"
-                asked.append((node, self._pool.submit(self._ask, url, token)))
-        found = []
-        for node, answer in asked:
-            try:
-                found.append(read_figures(node, answer.result()))
-            except DatacacheError as error:
-                _log.info("%s: %s", node, error)
-        return found, len(pods)
+        pods = self._asking.pods(uid)
+        workers = self._asking.reach(uid, pods) if pods else {}
+        said = self._asking.ask(workers, lambda node, worker: read_figures(node, worker.status()))
+        return list(said.values()), len(pods)
 
     # ---- telling ----------------------------------------------------------------------------------
 
     def _tell(self, obj: Object, seen: Observed) -> Object:
         """The status that `seen` makes, written where it is another; and the events of the difference."""
-        before = obj.get("status") or {}
-        after = phase.status(seen, before, now=_now(self._clock))
+        before, now = obj.get("status") or {}, phase.rfc3339(self._clock.wall())
+        after = phase.status(seen, before, now=now)
         if after != before:
             name = Name(OURS, "Dataset", obj["metadata"]["namespace"], obj["metadata"]["name"])
             gone: Object = dict.fromkeys(before.keys() - after.keys())
             self._api.merge(name, {"status": gone | after}, part="status")
             for each in phase.news(before, after):
-                self._post(obj, each)
+                try:
+                    self._api.post(obj, *each, now=now)
+                except ClusterError as error:  # nobody depends on it
+                    _log.warning("%s: no event was posted (%s)", obj["metadata"]["name"], error)
         return after
-
-    def _post(self, obj: Object, news: phase.News) -> None:
-        metadata, now = obj["metadata"], _now(self._clock)
-        event = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {
-                "namespace": metadata["namespace"],
-                "name": f"{metadata['name']}.{secrets.token_hex(8)}",
-            },
-            "involvedObject": {
-                "apiVersion": OURS, "kind": "Dataset", "namespace": metadata["namespace"],
-                "name": metadata["name"], "uid": metadata["uid"],
-            },
-            "type": news.kind, "reason": news.reason, "message": news.message[: phase.MAX_MESSAGE],
-            "source": {"component": MANAGER}, "firstTimestamp": now, "lastTimestamp": now, "count": 1,
-        }  # fmt: skip
-        try:
-            self._api.create(event)
-        except ClusterError as error:  # nobody depends on it
-            _log.warning("%s/%s: no event was posted (%s)", metadata["namespace"], metadata["name"], error)
-
-    def _finalizers(self, obj: Object, finalizers: list[str]) -> Object:
-        metadata = obj["metadata"]
-        name = Name(OURS, "Dataset", metadata["namespace"], metadata["name"])
-        # With the version that was read: another's finalizer is not overwritten.
-        patch = {"metadata": {"finalizers": finalizers, "resourceVersion": metadata["resourceVersion"]}}
-        return self._api.merge(name, patch)
 
     # ---- deletion ---------------------------------------------------------------------------------
 
@@ -335,13 +286,13 @@ class Reconciler:
         fresh = self._api.get(Name(OURS, "Dataset", key.namespace, key.name))
         if fresh is not None and fresh["metadata"]["uid"] == metadata["uid"]:
             left = [each for each in fresh["metadata"].get("finalizers") or () if each != FINALIZER]
-            self._finalizers(fresh, left)
+            self._api.finalizers(fresh, left)
         return None
 
     def _seen_going(self, key: Key, obj: Object, there: Mapping[Name, Object], *, claimed: bool) -> Observed:
         label = node_label(obj["metadata"]["uid"])
         labelled = {each["metadata"]["name"] for each in self._api.list("v1", "Node", labels=f"{label}=true")}
-        figures, _ = self._figures(obj, there)
+        figures, _ = self._figures(obj)
         users = []
         if claimed:
             users = [
@@ -400,7 +351,3 @@ def _within(wanted: Any, there: Any) -> bool:
     if isinstance(wanted, list):
         return isinstance(there, list) and len(wanted) == len(there) and all(map(_within, wanted, there))
     return bool(wanted == there) and type(wanted) is type(there)
-
-
-def _now(clock: Clock) -> str:
-    return datetime.fromtimestamp(clock.wall(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -24,6 +24,13 @@ class Name(NamedTuple):
     name: str
 
 
+class Key(NamedTuple):
+    """An object of ours, of a kind that is known from elsewhere."""
+
+    namespace: str
+    name: str
+
+
 @dataclass(frozen=True)
 class Release:
     """One installation."""

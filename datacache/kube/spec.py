@@ -38,9 +38,9 @@ NOT_YET = "is not built yet"
 """What the refusal of a planned thing says; docs/kubernetes.md lists them."""
 
 _ROOM = 1024 * TiB
-_DNS = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+DNS = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 _LABEL_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-_LABEL = rf"({_DNS}/)?{_LABEL_NAME}"
+_LABEL = rf"({DNS}/)?{_LABEL_NAME}"
 _KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 """Files of a directory of keys, as `sources.keyfile` reads them; by `key_part`."""
 _FILES = ("ca_bundle", "credentials")
@@ -168,7 +168,7 @@ def read_dataset(obj: Mapping[str, Any], release: Release) -> DatasetSpec:
         upload=upload,
         mount=_owner(spec["owner"], writable=writable),
         worker=_worker(worker, tuple(map(_toleration, tolerations))),
-        node_selector=_labels(spec["nodeSelector"]),
+        node_selector=read_labels(spec["nodeSelector"]),
         node_affinity=_node_affinity(spec["nodeAffinity"]),
     )
     _check_memory(worker["resources"], read, release)
@@ -349,7 +349,7 @@ def _files(given: Field, scheme: str) -> tuple[SecretFile, ...]:
         if any(other.option == plain for other in found):
             raise item["name"].refuse(f"{plain} once")
         reference = item["valueFrom"].only("secretKeyRef")["secretKeyRef"].only("name", "key")
-        secret = reference["name"].matching(_DNS, "the name of a Secret in the namespace of the Dataset")
+        secret = reference["name"].matching(DNS, "the name of a Secret in the namespace of the Dataset")
         key = reference["key"]
         # Fluid has the key optional, and means the name.
         chosen = (key if key.given else Field(key.path, name)).matching(
@@ -496,7 +496,7 @@ def _owner(given: Field, *, writable: bool) -> MountSettings:
 def _worker(given: Field, tolerations: tuple[Mapping[str, Any], ...]) -> WorkerPod:
     resources = given["resources"].only("requests", "limits")
     priority = given["priorityClassName"]
-    if priority.given and priority.matching(_DNS, "the name of a PriorityClass").startswith("system-"):
+    if priority.given and priority.matching(DNS, "the name of a PriorityClass").startswith("system-"):
         raise priority.refuse("a PriorityClass that is not the system's: workers give way to training")
     metadata = given["podMetadata"].only("labels", "annotations")
     return WorkerPod(
@@ -504,7 +504,7 @@ def _worker(given: Field, tolerations: tuple[Mapping[str, Any], ...]) -> WorkerP
         limits=_resources(resources["limits"]),
         priority_class=priority.text() if priority.given else "",
         tolerations=tolerations,
-        labels=_labels(metadata["labels"], ours=False),
+        labels=read_labels(metadata["labels"], ours=False),
         annotations=_annotations(metadata["annotations"]),
     )
 
@@ -532,7 +532,8 @@ def _check_memory(given: Field, spec: DatasetSpec, release: Release) -> None:
             raise asked.refuse(f"at most its limit, {most.value}")
 
 
-def _labels(given: Field, *, ours: bool = True) -> dict[str, str]:
+def read_labels(given: Field, *, ours: bool = True) -> dict[str, str]:
+    """Labels, by key. Not `ours`: those that others go by are refused."""
     found = {}
     for key, item in given.members().items():
         if not re.fullmatch(_LABEL, key, re.ASCII) or len(key) > 253:
@@ -621,7 +622,7 @@ def _expression(item: Field, *, fields: bool) -> dict[str, Any]:
     values = item["values"].items()
     for value in values:
         if value.value != "":
-            value.matching(_DNS if fields else _LABEL_NAME, "the value of a label")
+            value.matching(DNS if fields else _LABEL_NAME, "the value of a label")
     if operator in ("In", "NotIn") and (not values or (fields and len(values) != 1)):
         raise item["values"].refuse("one value" if fields else f"at least one value, with {operator}")
     if operator in ("Exists", "DoesNotExist") and values:

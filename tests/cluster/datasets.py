@@ -52,6 +52,9 @@ class Team:
         self.namespace, self.node = f"team-{number}", f"node-{number}"
         self.answers: dict[str, Mapping[str, Any]] = {}
         self.tokens: set[str] = set()
+        self.jobs: dict[str, Mapping[str, Any]] = {}
+        self.asked: list[tuple[Any, ...]] = []
+        self.cancelled: list[str] = []
         self.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self.namespace}})
         self.api.create(
             {"apiVersion": "v1", "kind": "Secret", "metadata": {"namespace": self.namespace, "name": "s3"},
@@ -103,6 +106,17 @@ class Team:
             (each["reason"], each["message"]) for each in found if each["involvedObject"]["kind"] == "Dataset"
         }
 
+    def load(self, name: str = "load", **spec: Any) -> Object:
+        """A DataLoad of `data`."""
+        return self.api.create(
+            {"apiVersion": OURS, "kind": "DataLoad", "metadata": {"namespace": self.namespace, "name": name},
+             "spec": {"dataset": {"name": "data"}} | spec}
+        )  # fmt: skip
+
+    def loading(self, name: str = "load") -> Object | None:
+        """The DataLoad, its status in it."""
+        return self.api.get(Name(OURS, "DataLoad", self.namespace, name))
+
     # Pods
 
     def pod(self, name: str = "reader", claim: str = "data") -> Name:
@@ -138,12 +152,52 @@ class Team:
         )  # fmt: skip
         self.answers[f"http://{address}:7400"] = answer
 
-    def ask(self, url: str, token: str) -> Mapping[str, Any]:
-        """The API of the workers."""
+    def connect(self, url: str, token: str) -> "ScriptedWorker":
+        """The API of the worker at `url`."""
         self.tokens.add(token)
-        if url not in self.answers:
-            raise ControlError(f"the worker at {url} does not answer")
-        return self.answers[url]
+        return ScriptedWorker(self, url)
+
+    def worker_restarts(self) -> None:
+        """It knows no jobs any more."""
+        self.jobs.clear()
+
+
+class ScriptedWorker:
+    """Answers what the test says, and notes the loads that it is asked for."""
+
+    def __init__(self, team: Team, url: str) -> None:
+        self._team, self._url = team, url
+
+    def status(self) -> Mapping[str, Any]:
+        if self._url not in self._team.answers:
+            raise ControlError(f"the worker at {self._url} does not answer")
+        return self._team.answers[self._url]
+
+    def load(self, path: str, *, globs: tuple[str, ...], bandwidth: int, verify: bool) -> str:
+        self.status()
+        job = f"job{len(self._team.asked)}"
+        self._team.asked.append((path, globs, bandwidth, verify))
+        self._team.jobs[job] = job_says()
+        return job
+
+    def load_status(self, job: str) -> Mapping[str, Any]:
+        self.status()
+        if job not in self._team.jobs:
+            raise ControlError(f"no load job {job!r}")
+        return self._team.jobs[job]
+
+    def load_cancel(self, job: str) -> None:
+        self.status()
+        self._team.cancelled.append(job)
+
+
+def job_says(state: str = "running", *, done: int = 0, of: int = 4, failures: Any = ()) -> Object:
+    """The status of a load job: `done` files of 1 MiB each, of `of`."""
+    return {
+        "state": state, "files": of, "files_done": done, "files_failed": len(failures), "bytes": of << 20,
+        "bytes_done": done << 20, "bytes_fetched": done << 20, "listed": True, "seconds": 1.0,
+        "failures": list(failures), "waiting": "",
+    }  # fmt: skip
 
 
 def worker_says(*, cached: int = 0, dirty: int = 0, due: int = 0) -> Object:

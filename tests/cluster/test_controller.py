@@ -4,19 +4,22 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from datacache.clock import VirtualClock
 from datacache.errors import ClusterError
 from datacache.kube.api import OURS, configuration
+from datacache.kube.asking import Asking
 from datacache.kube.controller import Controller
+from datacache.kube.loading import Loader
 from datacache.kube.manifests import CONFIG_ANNOTATION, node_label, objects
 from datacache.kube.phase import ACCEPT_LOSS
-from datacache.kube.reconciling import FINALIZER, IDLE, Key, Reconciler
-from datacache.kube.release import Name
+from datacache.kube.reconciling import FINALIZER, IDLE, Reconciler
+from datacache.kube.release import Key, Name
 from datacache.kube.spec import read_dataset
-from tests.cluster.datasets import RELEASE, SECRET, CountingApi, Killed, Team, worker_says
+from tests.cluster.datasets import RELEASE, SECRET, CountingApi, Killed, Team, job_says, worker_says
 from tests.cluster.plane import ControlPlane, wait_until
 from tests.conftest import AnnouncedLogs
 
@@ -52,14 +55,11 @@ class Looker:
         self._begin()
 
     def _begin(self) -> None:
+        asking = Asking(self.api, RELEASE, connect=self.team.connect, pool=self.pool)
         self.reconciler = Reconciler(
-            self.api,
-            RELEASE,
-            clock=self.clock,
-            ask=self.team.ask,
-            nodes_of=lambda key: self.nodes,
-            pool=self.pool,
+            self.api, RELEASE, asking, clock=self.clock, nodes_of=lambda key: self.nodes
         )
+        self.loader = Loader(self.api, RELEASE, asking, clock=self.clock, dataset_changed=lambda key: None)
 
     def begin_again(self) -> None:
         """As after a restart: nothing is remembered."""
@@ -428,6 +428,120 @@ def _life(team: Team, looker: Looker, obj: dict, name: str) -> None:
     looker.until(lambda: _ended(team, obj) and team.see(name) is None, "the Dataset to go", name)
 
 
+# ---- loads ---------------------------------------------------------------------------------------
+
+
+def _load_said(team: Team) -> tuple[str, str]:
+    status = (team.loading() or {}).get("status") or {}
+    (condition,) = status.get("conditions") or [{"reason": ""}]
+    return status.get("phase", ""), condition["reason"]
+
+
+def _look_at_load(looker: Looker) -> float | None:
+    return looker.loader.look(Key(looker.team.namespace, "load"))
+
+
+def _at_work(team: Team, looker: Looker, **spec: Any) -> dict:
+    """A Dataset and a DataLoad of it, whose one job has begun."""
+    obj = team.dataset()
+    team.load(nodes=[team.node], **spec)
+    _look_at_load(looker)
+    looker.look()
+    team.ready(obj, worker_says())
+    _look_at_load(looker)
+    assert len(team.asked) == 1
+    return obj
+
+
+def test_a_load_brings_a_worker_to_its_nodes_and_all_targets_are_done_in_order(
+    team: Team, looker: Looker
+) -> None:
+    _at_work(
+        team, looker, target=[{"path": "/a", "globs": ["*.jpg"]}, {"path": "/b"}], bandwidth="1M", verify=True
+    )
+    assert _load_said(team) == ("Executing", "Loading")
+    assert team.asked == [("/a", ("*.jpg",), 1_000_000, True)]
+    team.jobs["job0"] = job_says(done=1)
+    _look_at_load(looker)
+    assert len(team.asked) == 1, "one after the other"
+    assert team.loading()["status"]["progress"]["files"] == 1
+    team.jobs["job0"] = job_says("done", done=4)
+    _look_at_load(looker)
+    assert team.asked[1:] == [("/b", (), 1_000_000, True)]
+    team.jobs["job1"] = job_says("done", done=2, of=2)
+    _look_at_load(looker)
+    assert _load_said(team) == ("Complete", "Loaded")
+    assert team.loading()["status"]["progress"]["files"] == 6
+    assert looker.loader.look(Key(team.namespace, "load")) is None
+    events = team.api.list("v1", "Event", namespace=team.namespace)
+    assert any(each["reason"] == "Loaded" and each["involvedObject"]["kind"] == "DataLoad" for each in events)
+
+
+def test_a_load_goes_on_after_controller_and_worker_were_started_again(team: Team, looker: Looker) -> None:
+    _at_work(team, looker)
+    looker.begin_again()
+    _look_at_load(looker)
+    assert len(team.asked) == 1, "the job stands in the status"
+    team.worker_restarts()
+    _look_at_load(looker)
+    assert len(team.asked) == 2, "it does not know the job any more, and is asked again"
+    answers = dict(team.answers)
+    team.answers.clear()
+    _look_at_load(looker)
+    assert _load_said(team) == ("Executing", "WaitingForWorkers")
+    team.answers.update(answers)
+    team.jobs["job1"] = job_says("done", done=4)
+    _look_at_load(looker)
+    assert _load_said(team) == ("Complete", "Loaded") and len(team.asked) == 2
+
+
+def test_a_load_of_a_dataset_that_comes_later_waits_for_it(team: Team, looker: Looker) -> None:
+    team.load()
+    _look_at_load(looker)
+    assert _load_said(team) == ("Pending", "NoDataset")
+    team.dataset()
+    _look_at_load(looker)
+    assert len(team.loading()["status"]["nodes"]) == 1, "one node, as none has a worker"
+
+
+def test_a_load_that_cannot_be_says_why(team: Team, looker: Looker) -> None:
+    team.dataset()
+    team.load(nodes=["nowhere"])
+    _look_at_load(looker)
+    assert _load_said(team) == ("Pending", "NoNodes")
+    assert "spec.nodes[0]: 'nowhere'" in team.loading()["status"]["conditions"][0]["message"]
+
+
+def test_deleting_a_load_cancels_it(team: Team, looker: Looker) -> None:
+    _at_work(team, looker)
+    load = Name(OURS, "DataLoad", team.namespace, "load")
+    team.api.delete(load, uid=team.loading()["metadata"]["uid"])
+    _look_at_load(looker)
+    assert team.cancelled == ["job0"] and team.loading() is None
+
+
+def test_a_load_goes_when_its_time_has_come(team: Team, looker: Looker) -> None:
+    _at_work(team, looker, ttlSecondsAfterFinished=60)
+    team.jobs["job0"] = job_says("failed", done=3, failures=[("/x", "denied")])
+    left = _look_at_load(looker)
+    assert _load_said(team) == ("Failed", "FilesFailed")
+    assert team.loading()["status"]["failures"] == [{"path": "/x", "node": team.node, "reason": "denied"}]
+    assert left is not None and 59 <= left <= 60
+    looker.clock.advance(left)
+    _look_at_load(looker)  # deletes it
+    _look_at_load(looker)  # takes its finalizer off
+    assert team.loading() is None
+
+
+def test_a_load_writes_nothing_while_nothing_changes(team: Team, looker: Looker) -> None:
+    _at_work(team, looker)
+    _look_at_load(looker)
+    looker.api.writes.clear()
+    for _ in range(3):
+        _look_at_load(looker)
+    assert looker.api.writes == []
+
+
 # ---- the process ---------------------------------------------------------------------------------
 
 
@@ -436,7 +550,9 @@ class Running:
 
     def __init__(self, plane: ControlPlane, team: Team, me: str) -> None:
         self.stop, self.raised = threading.Event(), []
-        self.controller = Controller(configuration(str(plane.kubeconfig)), RELEASE, me=me, ask=team.ask)
+        self.controller = Controller(
+            configuration(str(plane.kubeconfig)), RELEASE, me=me, connect=team.connect
+        )
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
