@@ -51,6 +51,7 @@ class Team:
         number = next(_numbers)
         self.namespace, self.node = f"team-{number}", f"node-{number}"
         self.answers: dict[str, Mapping[str, Any]] = {}
+        self.nodes: list[str] = []
         self.tokens: set[str] = set()
         self.jobs: dict[str, Mapping[str, Any]] = {}
         self.asked: list[tuple[Any, ...]] = []
@@ -65,11 +66,16 @@ class Team:
         wait_until(lambda: self.api.get(account), "the account that pods need")
 
     def close(self) -> None:
+        """Leave no node behind, on which pods of other tests could come to lie."""
+        for name in self.nodes:
+            if node := self.api.get(Name("v1", "Node", "", name)):
+                self.api.delete(Name("v1", "Node", "", name), uid=node["metadata"]["uid"])
         self.api.close()
 
     def add_node(self, name: str, **labels: str) -> None:
         """A node that a scheduler takes for one."""
         labels = {"kubernetes.io/hostname": name} | labels
+        self.nodes.append(name)
         self.api.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}})
         room = {"cpu": "8", "memory": "64Gi", "pods": "100", "ephemeral-storage": "100Gi"}
         self.api.merge(
