@@ -78,7 +78,7 @@ class Controller:
     ) -> None:  # fmt: skip
         """`connect` makes a worker of its URL and token; over its API unless told otherwise."""
         self._configured, self._release, self._me = configured, release, me
-        self._connect = connect or _Remote
+        self._connect = connect or RemoteWorker
         self._clock = clock or SystemClock()
         self._waiting: Waiting[tuple[str, Key]] = Waiting(self._clock)
         self._failures: dict[tuple[str, Key], int] = {}  # in a row; of each by the thread that looks at it
@@ -221,7 +221,7 @@ class Controller:
             self._dataset_changed(Key(namespace, name))
 
 
-class _Remote:
+class RemoteWorker:
     """A worker over its API."""
 
     def __init__(self, url: str, token: str) -> None:

@@ -107,9 +107,9 @@ class Loader:
         workers = self._asking.reach(dataset["metadata"]["uid"])
         asked = {node: worker for node, worker in workers.items()
                  if node in known and not as_before[node].ended}  # fmt: skip
-        told = self._asking.ask(asked, lambda node, worker: _told(worker, spec, known[node]))
+        now = self._asking.ask(asked, lambda node, worker: bring_on(worker, spec, known[node]))
         return "", "", [
-            Loading(node, told[node], targets=count) if node in told else as_before[node]
+            Loading(node, now[node], targets=count) if node in now else as_before[node]
             for node in sorted(known)
         ]  # fmt: skip
 
@@ -189,7 +189,7 @@ def _stop(worker: Worker, jobs: tuple[str, ...]) -> None:
         worker.load_cancel(job)
 
 
-def _told(worker: Worker, spec: LoadSpec, known: tuple[str, ...]) -> tuple[Job, ...]:
+def bring_on(worker: Worker, spec: LoadSpec, known: tuple[str, ...]) -> tuple[Job, ...]:
     """The jobs of one node, the next one started when it is its turn. Raises DatacacheError when the worker
     does not answer."""
     worker.status()  # it answers: what it says of a job from here on is about the job

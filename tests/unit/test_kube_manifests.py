@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from datacache.cli import flags
+from datacache.cli.main import command_parser
 from datacache.config.parsing import read_settings
 from datacache.config.settings import Settings
 from datacache.errors import SettingError
@@ -22,7 +24,7 @@ from datacache.kube.manifests import (
 )
 from datacache.kube.release import Release
 from datacache.kube.spec import DatasetSpec, read_dataset
-from datacache.model import GiB, MiB
+from datacache.model import GiB, MiB, parse_duration
 
 RELEASE = Release(namespace="datacache", image="local.test/datacache:1", priority_class="datacache-worker",
                   pull_secrets=("registry",))  # fmt: skip
@@ -151,6 +153,25 @@ def test_a_writable_worker_reads_how_to_write(tmp_path: Path) -> None:
 def test_what_is_written_never_lies_in_memory(tmp_path: Path) -> None:
     of = spec(accessModes=["ReadWriteMany"], tieredstore={"levels": TIERS["levels"][:1]})
     assert read_as_a_worker_does(of, tmp_path).writing.landing == f"/var/lib/datacache/{UID}/landing"
+
+
+@pytest.mark.parametrize("modes", [["ReadOnlyMany"], ["ReadWriteMany"]])
+def test_the_command_of_the_pod_is_one_that_a_worker_takes(modes: list[str], tmp_path: Path) -> None:
+    """It gets as far as the files that only a pod has."""
+    of = spec(accessModes=modes)
+    (container,) = worker(made(of))["containers"]
+    (config := tmp_path / "datacache.yaml").write_text(settings_text(of, RELEASE))
+    program, command, *words = container["command"]
+    assert (program, command) == ("datacache", "worker")
+    words = [str(config) if word == "/etc/datacache/config/datacache.yaml" else word for word in words]
+    args = command_parser("worker").parse(words)
+    settings = flags.read(args, args.uris)
+    assert settings.api.listen == "0.0.0.0:7400"
+    assert settings.api.token_file == "/etc/datacache/token/token"
+    assert settings.log_format == "json"
+    patience = parse_duration(args.drain_timeout, name="")
+    grace = worker(made(of))["terminationGracePeriodSeconds"]
+    assert 0 < patience <= grace - 15, "it ends by itself before it is killed"
 
 
 def test_datasets_that_share_a_tier_share_no_directory(tmp_path: Path) -> None:
