@@ -68,7 +68,8 @@ def configuration(kubeconfig: str = "") -> client.Configuration:
 class Api:
     """The API of one cluster. Threads may share it."""
 
-    def __init__(self, configured: client.Configuration) -> None:
+    def __init__(self, configured: client.Configuration, *, timeout: tuple[float, float] = TIMEOUT) -> None:
+        self._timeout = timeout
         self._client = client.ApiClient(configured)
         self._host = configured.host
 
@@ -177,7 +178,7 @@ class Api:
                 method, path, query_params=list((query or {}).items()), header_params=headers, body=text,
                 auth_settings=["BearerToken"],
             )  # fmt: skip
-            answer = self._client.call_api(*request, _request_timeout=TIMEOUT)
+            answer = self._client.call_api(*request, _request_timeout=self._timeout)
             raw = answer.read()  # type: ignore[no-untyped-call]
         except (OpenApiException, HTTPError, OSError) as error:
             raise ClusterError(f"the API at {self._host} does not answer ({_reason(error)})") from error

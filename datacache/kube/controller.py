@@ -40,6 +40,8 @@ ASKERS = 16
 """Workers that are asked at once."""
 SLOWEST = 60.0
 """Seconds between two tries of what fails, at most; the first comes after one."""
+LEASE_TIMEOUT = (2.0, 3.0)
+"""Seconds to connect, and for the answer, of calls about the Lease: two of them fit before `DEADLINE`."""
 DATASET, LOAD = "Dataset", "DataLoad"
 PATIENCE = 5.0
 """Seconds that a worker may take to say how it is."""
@@ -84,6 +86,7 @@ class Controller:
         self._failures: dict[tuple[str, Key], int] = {}  # in a row; of each by the thread that looks at it
         self._uses = Uses()
         self._lost = False
+        self._renewed = float("-inf")
 
     def __repr__(self) -> str:
         return f"<Controller {self._me}: {self._waiting!r}>"
@@ -91,8 +94,12 @@ class Controller:
     def run(self, stop: threading.Event) -> None:
         """Act until `stop` is set, once the Lease is ours. Raises ClusterError when it is lost."""
         name = Name("coordination.k8s.io/v1", "Lease", self._release.namespace, "datacache-controller")
-        with closing(Api(self._configured)) as api, ThreadPoolExecutor(ASKERS, "ask") as pool:
-            lease = Lease(api, name, self._me, clock=self._clock)
+        with (
+            closing(Api(self._configured)) as api,
+            closing(Api(self._configured, timeout=LEASE_TIMEOUT)) as punctual,
+            ThreadPoolExecutor(ASKERS, "ask") as pool,
+        ):
+            lease = Lease(punctual, name, self._me, clock=self._clock)
             if not self._acquire(lease, stop):
                 return
             _log.info("%s acts", self._me)
@@ -128,8 +135,10 @@ class Controller:
 
     def _acquire(self, lease: Lease, stop: threading.Event) -> bool:
         while not stop.is_set():
+            asked = self._clock.monotonic()
             try:
                 if lease.hold():
+                    self._renewed = asked
                     return True
             except ClusterError as error:
                 _log.warning("the Lease cannot be asked for: %s", error)
@@ -137,25 +146,31 @@ class Controller:
         return False
 
     def _renew(self, lease: Lease, stop: threading.Event) -> None:
-        renewed = self._clock.monotonic()
         while not self._clock.wait(stop, EVERY):
+            asked = self._clock.monotonic()
             try:
-                if not lease.hold():
-                    self._lost = True
+                if lease.hold():
+                    self._renewed = asked
                 else:
-                    renewed = self._clock.monotonic()
+                    self._lost = True
             except ClusterError as error:
                 _log.warning("the Lease cannot be renewed: %s", error)
-                self._lost = self._clock.monotonic() - renewed >= DEADLINE
-            if self._lost:
+            if self._lost or not self._holds():
+                self._lost = True
                 self._waiting.close()
                 stop.set()
+
+    def _holds(self) -> bool:
+        """Whether nobody else can act yet, as far as can be told without asking."""
+        return self._clock.monotonic() - self._renewed < DEADLINE
 
     # ---- looking ----------------------------------------------------------------------------------
 
     def _look(self, look: Mapping[str, Callable[[Key], float | None]]) -> None:
         while (work := self._waiting.take()) is not None:
             kind, key = work
+            if not self._holds():
+                return  # the renewal hangs; it will say that the Lease is lost
             try:
                 again = look[kind](key)
                 self._failures.pop(work, None)

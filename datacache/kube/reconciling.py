@@ -93,8 +93,8 @@ class Reconciler:
                 if not _final(error):
                     raise
                 failed = str(error)
-        labelled = self._labels(key, obj, spec)
         figures, pods = self._figures(obj)
+        labelled = self._labels(key, obj, spec, clean={each.node for each in figures if each.clean})
         seen = Observed(
             generation=obj["metadata"]["generation"],
             writable=_writable(obj),
@@ -150,8 +150,12 @@ class Reconciler:
 
     # ---- nodes ------------------------------------------------------------------------------------
 
-    def _labels(self, key: Key, obj: Object, spec: DatasetSpec | None) -> set[str]:
-        """Label the nodes that should have a worker, and after a while no others; those that are labelled."""
+    def _labels(self, key: Key, obj: Object, spec: DatasetSpec | None, *, clean: set[str]) -> set[str]:
+        """Label the nodes that should have a worker, and after a while no others; those that are labelled.
+
+        Of a Dataset that is written a node keeps its label until its worker says that it is `clean`: the
+        label is what tells that something may lie there, and the worker who sends it.
+        """
         uid = obj["metadata"]["uid"]
         label = node_label(uid)
         labelled = {each["metadata"]["name"] for each in self._api.list("v1", "Node", labels=f"{label}=true")}
@@ -160,7 +164,6 @@ class Reconciler:
             chosen = ",".join(f"{name}={value}" for name, value in sorted(spec.node_selector.items()))
             wanted |= {each["metadata"]["name"] for each in self._api.list("v1", "Node", labels=chosen)}
         wanted |= self._loading(key)
-        # A node that holds what is not in the bucket keeps its worker, which sends it.
         wanted |= set(((obj.get("status") or {}).get("dirty") or {}).get("nodes") or ())
         now = self._clock.monotonic()
         for node in wanted - labelled:
@@ -169,7 +172,8 @@ class Reconciler:
         for node in wanted:
             self._idle.pop((uid, node), None)
         for node in labelled - wanted:
-            if now - self._idle.setdefault((uid, node), now) >= IDLE and spec is not None:
+            idle = now - self._idle.setdefault((uid, node), now) >= IDLE
+            if idle and spec is not None and (node in clean or not _writable(obj)):
                 self._label(node, label, None)
                 del self._idle[uid, node]
                 labelled.discard(node)
@@ -287,19 +291,20 @@ class Reconciler:
         if fresh is not None and fresh["metadata"]["uid"] == metadata["uid"]:
             left = [each for each in fresh["metadata"].get("finalizers") or () if each != FINALIZER]
             self._api.finalizers(fresh, left)
+        for name in self._names(key, metadata["uid"]):
+            self._applied.pop(name, None)
         return None
 
     def _seen_going(self, key: Key, obj: Object, there: Mapping[Name, Object], *, claimed: bool) -> Observed:
         label = node_label(obj["metadata"]["uid"])
         labelled = {each["metadata"]["name"] for each in self._api.list("v1", "Node", labels=f"{label}=true")}
         figures, _ = self._figures(obj)
-        users = []
-        if claimed:
-            users = [
-                f"{key.namespace}/{pod['metadata']['name']}"
-                for pod in self._api.list("v1", "Pod", namespace=key.namespace)
-                if key.name in claims_of(pod)
-            ]
+        # Without the claim none can begin; but who took its protection away did not end those that run.
+        users = [
+            f"{key.namespace}/{pod['metadata']['name']}"
+            for pod in self._api.list("v1", "Pod", namespace=key.namespace)
+            if key.name in claims_of(pod) and (claimed or pod["status"].get("phase") == "Running")
+        ]
         return Observed(
             generation=obj["metadata"]["generation"],
             writable=_writable(obj),

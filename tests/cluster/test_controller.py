@@ -1,5 +1,6 @@
 """A Dataset on a real API server, controller manager and scheduler: what becomes of it, and what is left."""
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kubernetes import client
 
 from datacache.clock import VirtualClock
 from datacache.errors import ClusterError
@@ -23,7 +25,8 @@ from tests.cluster.datasets import RELEASE, SECRET, CountingApi, Killed, Team, j
 from tests.cluster.plane import ControlPlane, wait_until
 from tests.conftest import AnnouncedLogs
 
-CRDS = Path(__file__).parents[2] / "charts/datacache/files/crds"
+ROOT = Path(__file__).parents[2]
+CRDS = ROOT / "charts/datacache/files/crds"
 GiB = 1 << 30
 
 
@@ -287,6 +290,25 @@ def test_a_worker_comes_to_the_node_of_a_pod_and_goes_when_it_is_idle(team: Team
     wait_until(lambda: not _running(team, obj), "the worker to go")
 
 
+def test_a_node_that_may_hold_what_is_not_uploaded_keeps_its_worker(team: Team, looker: Looker) -> None:
+    """However long nobody uses it: its worker is silent, and nobody knows."""
+    obj = team.dataset(accessModes=["ReadWriteMany"])
+    looker.nodes = {team.node}
+    looker.look()
+    team.ready(obj, worker_says())
+    looker.until(lambda: team.conditions().get("Uploaded") == ("True", "Clean"), "the worker to be heard")
+    answers = dict(team.answers)
+    team.answers.clear()
+    looker.nodes = set()
+    for _ in range(3):
+        looker.clock.advance(IDLE)
+        looker.look()
+    assert len(_running(team, obj)) == 1
+    team.answers.update(answers)
+    looker.look()
+    wait_until(lambda: not _running(team, obj), "the worker to go")
+
+
 def _running(team: Team, obj: dict) -> list:
     return [each for each in team.workers(obj) if not each["metadata"].get("deletionTimestamp")]
 
@@ -428,6 +450,22 @@ def _life(team: Team, looker: Looker, obj: dict, name: str) -> None:
     looker.until(lambda: _ended(team, obj) and team.see(name) is None, "the Dataset to go", name)
 
 
+def test_a_pod_that_runs_holds_it_though_somebody_took_the_claim_away(team: Team, looker: Looker) -> None:
+    team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    pod = team.pod()
+    team.api.merge(pod, {"status": {"phase": "Running"}}, part="status")
+    claim = Name("v1", "PersistentVolumeClaim", team.namespace, "data")
+    team.delete()
+    looker.look()
+    team.api.merge(claim, {"metadata": {"finalizers": None}})
+    wait_until(lambda: team.api.get(claim) is None, "the claim to go, by force")
+    looker.look()
+    assert team.conditions()["DeletionBlocked"] == ("True", "InUse")
+    team.end(pod)
+    looker.until(lambda: team.see() is None, "the Dataset to go")
+
+
 # ---- loads ---------------------------------------------------------------------------------------
 
 
@@ -548,11 +586,9 @@ def test_a_load_writes_nothing_while_nothing_changes(team: Team, looker: Looker)
 class Running:
     """A controller that runs, in threads of its own."""
 
-    def __init__(self, plane: ControlPlane, team: Team, me: str) -> None:
+    def __init__(self, configured: client.Configuration, team: Team, me: str) -> None:
         self.stop, self.raised = threading.Event(), []
-        self.controller = Controller(
-            configuration(str(plane.kubeconfig)), RELEASE, me=me, connect=team.connect
-        )
+        self.controller = Controller(configured, RELEASE, me=me, connect=team.connect)
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
@@ -567,18 +603,46 @@ class Running:
         self.thread.join()
 
 
+@pytest.fixture
+def confined(installed: ControlPlane) -> client.Configuration:
+    """Somebody who has the rights that docs/controller.md lists, and no others."""
+    account, space = "datacache-controller", RELEASE.namespace
+    rights = re.search(r"```yaml\n(apiVersion: rbac.*?)```", (ROOT / "docs/controller.md").read_text(), re.S)[
+        1
+    ]
+    installed.kubectl("apply", "-f", "-", given=rights)
+    for kind, where in (("clusterrole", ()), ("role", ("-n", space))):
+        given = installed.kubectl(
+            "create", f"{kind}binding", account, f"--{kind}={account}", *where, "-o", "yaml",
+            f"--serviceaccount={space}:{account}", "--dry-run=client",
+        ).out  # fmt: skip
+        installed.kubectl("apply", "-f", "-", given=given)
+    made = installed.kubectl(
+        "create", "-n", space, "serviceaccount", account, "-o", "yaml", "--dry-run=client"
+    )
+    installed.kubectl("apply", "-f", "-", given=made.out)
+    found = configuration(str(installed.kubeconfig))
+    token = installed.kubectl("create", "-n", space, "token", account).out.strip()
+    found.api_key["BearerToken"] = f"Bearer {token}"
+    return found
+
+
 LEASE = Name("coordination.k8s.io/v1", "Lease", RELEASE.namespace, "datacache-controller")
 
 
-def test_a_life_under_the_controller_itself(installed: ControlPlane, team: Team) -> None:
-    """Nobody tells it when to look: it hears of the Dataset, of the pod, of the worker, and of the end."""
-    running = Running(installed, team, "one")
+def test_a_life_under_the_controller_itself(confined: client.Configuration, team: Team) -> None:
+    """Nobody tells it when to look: it hears of the Dataset, pod, worker and load, and of the end."""
+    running = Running(confined, team, "one")
     try:
         obj = team.dataset()
         wait_until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
         pod = team.pod()
         team.ready(obj, worker_says(cached=GiB))
         wait_until(lambda: team.status().get("cached") == GiB, "the figures")
+        team.load(nodes=[team.node], ttlSecondsAfterFinished=0)
+        wait_until(lambda: team.asked, "the worker to be asked to load")
+        team.jobs["job0"] = job_says("done", done=4)
+        wait_until(lambda: team.loading() is None, "the load to end, and to go")
         team.delete()
         wait_until(lambda: team.conditions().get("DeletionBlocked") == ("True", "InUse"), "the reason")
         team.end(pod)
@@ -595,11 +659,12 @@ def test_a_life_under_the_controller_itself(installed: ControlPlane, team: Team)
 
 
 def test_only_the_holder_of_the_lease_acts(installed: ControlPlane, team: Team, logs: AnnouncedLogs) -> None:
-    first = Running(installed, team, "first")
+    configured = configuration(str(installed.kubeconfig))
+    first = Running(configured, team, "first")
     wait_until(
         lambda: (team.api.get(LEASE) or {"spec": {}})["spec"].get("holderIdentity") == "first", "the Lease"
     )
-    second = Running(installed, team, "second")
+    second = Running(configured, team, "second")
     try:
         team.dataset()
         wait_until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
