@@ -91,7 +91,7 @@ class Node:
         staging = self._place(request.staging_target_path, "staging_target_path")
         with self._alone(volume_id):
             if self._ours(staging) is not None:
-                if binds := self._mounter.binds(staging):
+                if binds := self._published(staging):
                     places = ", ".join(sorted(binds)[:_NAMED])
                     raise VolumeInUse(f"{volume_id} is still published ({len(binds)}: {places})")
                 if owed := self._mounter.owed(staging):
@@ -188,6 +188,11 @@ class Node:
 
     def _place(self, text: str, name: str) -> str:
         return volume.place(text, name, below=self._kubelet)
+
+    def _published(self, staging: str) -> list[str]:
+        """Where pods see what is mounted on `staging`. What the kernel shows elsewhere, because the kubelet's
+        directory is there, too, goes with the mount itself."""
+        return [bind for bind in self._mounter.binds(staging) if volume.is_below(bind, self._kubelet)]
 
     def _ours(self, directory: str) -> Mounted | None:
         """What of ours is mounted on `directory`. Raises VolumeDiffers where somebody else's mount is."""

@@ -62,9 +62,14 @@ def place(text: str, name: str, *, below: str) -> str:
         raise SettingError(name, text, "an absolute path without `..`")
     text = os.path.normpath(text)
     found = os.path.join(os.path.realpath(os.path.dirname(text)), os.path.basename(text))
-    if not found.startswith(os.path.realpath(below).rstrip("/") + "/"):
+    if not is_below(found, below):
         raise SettingError(name, text, f"a path below {below}")
     return found
+
+
+def is_below(path: str, directory: str) -> bool:
+    """Whether `path`, as the mount table has it, lies below `directory`."""
+    return path.startswith(os.path.realpath(directory).rstrip("/") + "/")
 
 
 # ---- the mode ------------------------------------------------------------------------------------

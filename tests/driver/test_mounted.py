@@ -291,3 +291,25 @@ def test_a_store_that_refuses_is_said_to_whoever_looks_at_the_pod(site: Site) ->
         assert not mountpoint.is_mounted(str(site.kubelet.staging))
         assert not registry.live(site.environment["DATACACHE_RUNTIME"])
     assert b"a-wrong-key" not in site.written()
+
+
+def test_the_kubelets_directory_may_be_shown_twice(site: Site, tmp_path: Path) -> None:
+    """As where it is bound to /var/lib/kubelet: the kernel makes a mount at both places, and takes both."""
+    kubelet = site.kubelet
+    other = tmp_path / "other"
+    other.mkdir()
+    subprocess.run(["mount", "--bind", str(kubelet.root), str(kubelet.root)], check=True)
+    subprocess.run(["mount", "--make-shared", str(kubelet.root)], check=True)
+    subprocess.run(["mount", "--bind", str(kubelet.root), str(other)], check=True)
+    try:
+        with site.running() as program, calls(program) as client:
+            client.call(site.stage())
+            client.call(kubelet.publish("a"))
+            copies = [m for m in mountpoint.mounts() if m.startswith(str(other) + "/")]
+            assert len(copies) == 2
+            client.call(kubelet.unpublish("a"))
+            client.call(kubelet.unstage())
+        assert not [m for m in mountpoint.mounts() if m.startswith(str(other) + "/")]
+    finally:
+        for directory in (other, kubelet.root):
+            subprocess.run(["umount", "-l", str(directory)], check=True)

@@ -292,6 +292,16 @@ def test_a_mount_stays_while_pods_use_it(driver: Driver) -> None:
     driver.call(kubelet.unstage())
 
 
+def test_a_copy_of_the_mount_elsewhere_is_no_pod(driver: Driver) -> None:
+    """Where the kubelet's directory is shown twice, the kernel makes one of each mount, and takes it off."""
+    kubelet = driver.kubelet
+    driver.call(kubelet.stage())
+    elsewhere = "/data/kubelet/plugins/pv-train/globalmount"
+    driver.node.mounts[elsewhere] = fake.Place(driver.staged, read_only=True)
+    driver.call(kubelet.unstage())
+    assert str(kubelet.staging) not in driver.node.mounts
+
+
 def test_a_mount_stays_while_the_bucket_is_owed_something(driver: Driver) -> None:
     """It goes on uploading; the kubelet comes again. No pod waits for that: it is unpublished."""
     kubelet = driver.kubelet
