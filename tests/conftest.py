@@ -10,11 +10,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 from datacache.clock import VirtualClock
+
+if TYPE_CHECKING:
+    from tests.support.s3 import S3Server
 
 # How long an example takes says how busy the machine is, not whether it is right.
 hypothesis.settings.register_profile("patient", deadline=None)
@@ -111,3 +115,14 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 def clock() -> VirtualClock:
     """Time that passes only when it is told to."""
     return VirtualClock()
+
+
+@pytest.fixture(scope="module")
+def versitygw(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3Server"]:
+    """A real S3 server, for the tests of one module."""
+    from tests.support.s3 import find_tool, versitygw_server  # most tests need no client of a store
+
+    if find_tool("versitygw") is None:
+        pytest.skip("versitygw is not installed")
+    with versitygw_server(tmp_path_factory.mktemp("versitygw")) as server:
+        yield server

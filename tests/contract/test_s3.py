@@ -16,7 +16,7 @@ from datacache.model import ByteRange, Dataset, MountPoint, ObjectInfo, Version
 from datacache.sources.opening import open_raw, open_source
 from datacache.sources.source import Source
 from tests.contract.source_suite import Made, SourceSuite
-from tests.support.s3 import S3Server, find_tool, moto_server, versitygw_server
+from tests.support.s3 import S3Server, moto_server
 
 _numbers = itertools.count(1)
 SETTINGS = SourceSettings(timeout=20, stall_timeout=10)
@@ -25,14 +25,6 @@ SETTINGS = SourceSettings(timeout=20, stall_timeout=10)
 @pytest.fixture(scope="module")
 def moto() -> Iterator[S3Server]:
     with moto_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def versitygw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    if find_tool("versitygw") is None:
-        pytest.skip("versitygw is not installed")
-    with versitygw_server(tmp_path_factory.mktemp("versitygw")) as server:
         yield server
 
 

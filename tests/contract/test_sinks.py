@@ -25,7 +25,7 @@ from datacache.sources.s3 import S3Source
 from datacache.sources.s3upload import S3Sink, plan
 from datacache.sources.sink import NOTHING
 from tests.contract.sink_suite import PART, Made, SinkSuite, put
-from tests.support.s3 import S3Server, find_tool, moto_server, reset_moto, versitygw_server
+from tests.support.s3 import S3Server, moto_server, reset_moto
 
 SETTINGS = SourceSettings(timeout=20, stall_timeout=10)
 _numbers = itertools.count(1)
@@ -168,14 +168,6 @@ def test_parts_are_planned() -> None:
 @pytest.fixture(scope="module")
 def moto() -> Iterator[S3Server]:
     with moto_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def versitygw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    if find_tool("versitygw") is None:
-        pytest.skip("versitygw is not installed")
-    with versitygw_server(tmp_path_factory.mktemp("versitygw")) as server:
         yield server
 
 

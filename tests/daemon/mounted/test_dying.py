@@ -9,7 +9,7 @@ import errno
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from datacache.model import MiB
 from fuse import mountpoint
 from tests.daemon.mounted.conftest import Daemon, flushed, start_writable, writable
 from tests.support.reading import until
-from tests.support.s3 import S3Server, find_tool, versitygw_server
+from tests.support.s3 import S3Server
 from tests.support.stores import Bucket, Tree, difference, tree_of
 
 pytestmark = pytest.mark.server
@@ -108,14 +108,6 @@ A_FEW = (
     "upload.after.put", "upload.after.remember", "upload.after.delete", "landing.before.discard",
     "takeover.after.take",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    if find_tool("versitygw") is None:
-        pytest.skip("versitygw is not installed")
-    with versitygw_server(tmp_path_factory.mktemp("versitygw")) as server:
-        yield server
 
 
 class Case:
@@ -214,8 +206,8 @@ class Case:
 
 
 @pytest.fixture
-def case(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    return Case(server, tmp_path, monkeypatch)
+def case(versitygw: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    return Case(versitygw, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("step", A_FEW)

@@ -21,7 +21,7 @@ import pytest
 
 from datacache.model import KiB
 from tests.daemon.mounted.conftest import WAYS, Daemon, check_way, flushed, writable
-from tests.support.s3 import S3Server, find_tool, versitygw_server
+from tests.support.s3 import S3Server
 from tests.support.stores import Bucket, Tree, difference, tree_of
 
 pytestmark = pytest.mark.server
@@ -51,12 +51,9 @@ def need(program: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    if find_tool("versitygw") is None:
-        pytest.skip("versitygw is not installed")
-    with versitygw_server(tmp_path_factory.mktemp("versitygw")) as server:
-        server.make_bucket("programs")
-        yield server
+def server(versitygw: S3Server) -> S3Server:
+    versitygw.make_bucket("programs")
+    return versitygw
 
 
 @dataclass

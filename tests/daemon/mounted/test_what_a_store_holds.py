@@ -16,19 +16,16 @@ import pytest
 from datacache.config.settings import UploadSettings
 from datacache.model import Dataset, MountPoint
 from tests.daemon.mounted.conftest import WAYS, Daemon, flushed, start_writable, writable
-from tests.support.s3 import S3Server, find_tool, versitygw_server
+from tests.support.s3 import S3Server
 from tests.support.stores import Bucket
 
 pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    if find_tool("versitygw") is None:
-        pytest.skip("versitygw is not installed")
-    with versitygw_server(tmp_path_factory.mktemp("versitygw")) as server:
-        server.make_bucket("holds")
-        yield server
+def server(versitygw: S3Server) -> S3Server:
+    versitygw.make_bucket("holds")
+    return versitygw
 
 
 @dataclass
