@@ -22,7 +22,7 @@ hold a secret. The cause is always chained.
     + TierFull            no room here: not an illness
     + TierBroken          the medium fails; the tier is set aside
     + Damaged             bytes that do not match their checksum; they are a miss from now on
-    + Locked              another live process owns this cache directory
+    + Locked              another live process owns this cache directory, or landing zone
   x NamespaceError        the names of a data set
     + NoSuchPath
     + NotADirectory
@@ -51,6 +51,8 @@ hold a secret. The cause is always chained.
   x ClusterError          the API of Kubernetes: it refuses, or does not answer
     + Conflicting         somebody else has changed, or made, the object meanwhile
 """
+
+import shlex
 
 
 class DatacacheError(Exception):
@@ -137,11 +139,12 @@ class Damaged(CacheError):
 
 
 class Locked(CacheError):
-    """Another live process owns this cache directory."""
+    """Another live process owns this directory, which is a `what`."""
 
-    def __init__(self, directory: str, *, pid: int, mount: str) -> None:
+    def __init__(self, directory: str, *, pid: int, mount: str, what: str = "cache directory") -> None:
         where = f", mounted at {mount}" if mount else ""
-        super().__init__(f"cache directory {directory} is in use by process {pid}{where}")
+        free = f"`datacache umount {shlex.quote(mount)}` first" if mount else "wait until that has ended"
+        super().__init__(f"{what} {directory} is in use by process {pid}{where}; {free}, or take another one")
         self.directory, self.pid, self.mount = directory, pid, mount
 
 

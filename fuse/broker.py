@@ -561,6 +561,10 @@ def ask_for_upgrade(control: str, settings: Settings | None, *, timeout: float) 
                 to.connect(address)
             to.sendall(json.dumps(request).encode() + b"\n")
             answer = json.loads(_line(to, timeout))
+        except FileNotFoundError as error:
+            raise MountError(
+                "this mount has no broker, which only the native driver's have: unmount, and mount anew"
+            ) from error
         except (OSError, ValueError) as error:
             raise MountError(f"the mount's broker does not answer ({error})") from error
     if "error" in answer:

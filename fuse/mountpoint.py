@@ -9,6 +9,7 @@ itself (is its daemon gone?) is put by a process of its own that is given a boun
 import contextlib
 import ctypes
 import errno
+import grp
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -292,12 +294,28 @@ def obstacle() -> str:
     except FileNotFoundError:
         return "/dev/fuse is missing: `modprobe fuse`, or start the container with --device /dev/fuse"
     except OSError as error:
-        return (
-            f"/dev/fuse cannot be opened ({error.strerror}): "
-            "in a container, start it with --device /dev/fuse --cap-add SYS_ADMIN"
-        )
+        return closed_to_us(error, os.stat("/dev/fuse"), root=os.geteuid() == 0)
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         return refused_by(status.read(), fusermount=shutil.which("fusermount3"))
+
+
+def closed_to_us(error: OSError, device: os.stat_result, *, root: bool) -> str:
+    """Why `device`, /dev/fuse, may not be opened by a process (`root`, or a user's), and what to do."""
+    why = f"/dev/fuse cannot be opened ({error.strerror}): "
+    if root or stat.S_IMODE(device.st_mode) & 0o006 == 0o006:
+        return f"{why}in a container, start it with --device /dev/fuse --cap-add SYS_ADMIN"
+    may = f"its mode is {stat.S_IMODE(device.st_mode):04o}"
+    if device.st_gid and device.st_mode & 0o060 == 0o060:
+        return f"{why}{may}; root lets you in by `usermod -aG {group(device.st_gid)} YOU`, and a new login"
+    return f"{why}{may}; root lets everybody in by `chmod 666 /dev/fuse`"
+
+
+def group(number: int) -> str:
+    """Its name, or the number where it has none."""
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
 
 
 def refused_by(status: str, *, fusermount: str | None) -> str:

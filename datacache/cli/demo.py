@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from datacache.cli.s3server import ENDING, S3Server, end, find_versitygw, moto, uninterrupted, versitygw
+from datacache.cli.tables import count
 from datacache.clock import SystemClock
 from datacache.errors import DatacacheError, SettingError
 from datacache.model import MiB, format_size
@@ -347,7 +348,7 @@ def _reader_tour(
         def load() -> int:
             done = worker.loads.wait(worker.load(LoadRequest()))
             if done.state != "done":
-                raise DatacacheError(f"load: {done.state}, {done.files_failed} files failed")
+                raise DatacacheError(f"load: {done.state}, {count(done.files_failed, 'file')} failed")
             return done.bytes_fetched
 
         epoch("cold epoch")
@@ -364,7 +365,7 @@ def _asked(server: S3Server, bucket: str, *, since: "Counter[str]") -> "Counter[
         return None
     found = server.asked()
     found.subtract(since)
-    return Counter({path.removeprefix(f"/{bucket}/"): count for path, count in found.items()})
+    return Counter({path.removeprefix(f"/{bucket}/"): times for path, times in found.items()})
 
 
 def _read_all(name: str, root: Path, sample: Sample, console: Console) -> tuple[float, int, int]:

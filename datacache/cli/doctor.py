@@ -13,13 +13,13 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from datacache.cli import flags, targets
-from datacache.cli.tables import as_json
+from datacache.cli.tables import as_json, count
 from datacache.clock import Clock, SystemClock
 from datacache.errors import DatacacheError, Denied, NotFound, Unavailable
 from datacache.model import Medium, MountPoint, format_size
@@ -251,6 +251,7 @@ def landing_zone(settings: "Settings") -> Iterator[Finding]:
     from fuse import mountpoint
 
     directory, beside = landing_directory(settings), tier_beside(settings)
+    yield from landing_place(directory, settings.cache.tiers)
     yield from landing_disk(directory, file_system_type(directory, mountpoint.mountinfo()))
     if beside:
         yield Finding(
@@ -263,6 +264,30 @@ def landing_zone(settings: "Settings") -> Iterator[Finding]:
         "is changed out of it",
         "--landing DIR, or --cache ssd:DIR, on the file system of the other",
     )  # fmt: skip
+
+
+def landing_place(directory: str, own: Iterable["TierSettings"]) -> Iterator[Finding]:
+    """What is wrong with a landing zone in a cache directory, but for those of its `own` mount."""
+    from datacache.cache.owner import MANAGED
+
+    tiers = {os.path.realpath(tier.path) for tier in own}
+    above = os.path.realpath(directory)
+    while True:
+        if os.path.basename(above) == MANAGED:
+            why = f"{directory} is among the files of a cache"
+            yield Finding("landing zone", "fail", why, "--landing DIR, elsewhere")
+            return
+        if above not in tiers and os.path.isdir(os.path.join(above, MANAGED)):
+            yield Finding(
+                "landing zone", "warn",
+                f"{directory} is in {above}, the cache directory of another data set: who deletes that cache "
+                "deletes what is not in the bucket yet",
+                "--landing DIR, elsewhere",
+            )  # fmt: skip
+            return
+        if above == os.path.dirname(above):
+            return
+        above = os.path.dirname(above)
 
 
 def landing_disk(directory: str, kind: str) -> Iterator[Finding]:
@@ -355,13 +380,14 @@ def source_findings(source: "Source", *, may_be_empty: bool = False) -> Iterator
         yield Finding("store", "fail", redact(str(error)), _advice(error))
         return
     objects = page.objects if page is not None else []
-    count = len(objects) + (len(page.prefixes) if page is not None else 0)
-    if not count and not may_be_empty:
+    listed = len(objects) + (len(page.prefixes) if page is not None else 0)
+    if not listed and not may_be_empty:
         yield Finding(
             "store", "warn", f"{source.uri}: lists, but there is nothing below it", "check the prefix"
         )
     else:
-        yield Finding("store", "ok", f"{source.uri}: lists ({count} entries on the first page)")
+        entries = count(listed, "entry", "entries")
+        yield Finding("store", "ok", f"{source.uri}: lists ({entries} on the first page)")
     small = next((o for o in objects if o.size and not o.archived), None)
     if small is not None:
         yield _first_byte(source, small.key)

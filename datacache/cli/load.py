@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from datacache.cli import flags, targets
 from datacache.cli.progress import follow, line
-from datacache.cli.tables import as_json, printable
+from datacache.cli.tables import as_json, count, printable
 from datacache.errors import Locked, SettingError
 from datacache.model import format_size, parse_duration, parse_size
 from datacache.reading.job import LoadRequest, LoadStatus
@@ -271,12 +271,12 @@ def _report_json(name: str, status: LoadStatus) -> None:
 
 def _report(name: str, request: LoadRequest, status: LoadStatus, *, again: str) -> None:
     if request.order and status.state == "done":
-        print(f"{name}: order of {status.files} files announced")
+        print(f"{name}: order of {count(status.files, 'file')} announced")
         return
     skipped = f" ({status.files_skipped} were before)" if status.files_skipped else ""
     bad = f", {status.verified_bad} damaged blocks fetched again" if request.verify else ""
     print(
-        f"{name}: {status.files_done} of {status.files} files cached{skipped}, "
+        f"{name}: {status.files_done} of {count(status.files, 'file')} cached{skipped}, "
         f"{format_size(status.bytes_fetched)} fetched in {status.seconds:.1f} s{bad}"
     )
     for path, reason in status.failures[:SHOWN_FAILURES]:
@@ -285,6 +285,6 @@ def _report(name: str, request: LoadRequest, status: LoadStatus, *, again: str) 
         print(f"  and {status.files_failed - SHOWN_FAILURES} more; --json names them", file=sys.stderr)
     if status.files_failed:
         print(
-            f"datacache: {status.files_failed} files failed; `{again}` tries them again",
+            f"datacache: {count(status.files_failed, 'file')} failed; `{again}` tries them again",
             file=sys.stderr,
         )

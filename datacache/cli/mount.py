@@ -320,9 +320,11 @@ def _check_landing(settings: "Settings") -> None:
 
     directory = landing_directory(settings)
     kind = doctor.file_system_type(directory, mountpoint.mountinfo())
-    for found in doctor.landing_disk(directory, kind):
+    place = doctor.landing_place(directory, settings.cache.tiers)
+    for found in [*place, *doctor.landing_disk(directory, kind)]:
         if found.state == "fail":
-            raise SettingError("--landing", directory, f"a directory on a disk or a CephFS; it is on {kind}")
+            where = found.advice.removeprefix("--landing DIR, ")
+            raise SettingError("--landing", directory, f"a directory {where}: {found.text}")
         _say(f"warning: {found.text}; {found.advice}")
 
 

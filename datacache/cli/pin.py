@@ -3,7 +3,7 @@
 import argparse
 
 from datacache.cli import flags, targets
-from datacache.cli.tables import as_json
+from datacache.cli.tables import as_json, count
 
 EXAMPLES = """\
 examples:
@@ -32,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(as_json({"path": args.path, "files": files, "pinned": pinned}))
     else:
-        print(f"{args.path}: {files} files {'pinned' if pinned else 'unpinned'}")
+        print(f"{args.path}: {count(files, 'file')} {'pinned' if pinned else 'unpinned'}")
     return 0

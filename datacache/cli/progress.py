@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from datacache.cli.tables import span
+from datacache.cli.tables import count, span
 from datacache.clock import Clock, SystemClock
 from datacache.model import format_size
 from datacache.reading.job import LoadStatus
@@ -46,8 +46,9 @@ def left(status: LoadStatus) -> float:
 def line(status: LoadStatus) -> str:
     """ "120 of 400 files, 1.2 GiB of 4.0 GiB, 230.0 MiB/s, 12s left"."""
     more = "" if status.listed else "+"
+    files = count(status.files, "file") if status.listed else f"{status.files}+ files"
     parts = [
-        f"{status.files_done} of {status.files}{more} files",
+        f"{status.files_done} of {files}",
         f"{format_size(status.bytes_done)} of {format_size(status.bytes)}{more}",
         f"{format_size(rate(status))}/s",
     ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from datacache.cli import flags, targets
 from datacache.cli.main import UsageError
-from datacache.cli.tables import as_json, columns, printable, when
+from datacache.cli.tables import as_json, columns, count, printable, when
 from datacache.clock import Clock, SystemClock
 from datacache.errors import DatacacheError, MountError, SettingError
 from datacache.model import format_size
@@ -100,7 +100,7 @@ def _create(settings: "Settings", name: str, *, json: bool) -> int:
     if json:
         print(as_json(dataclasses.asdict(info)))
     else:
-        print(f"{dataset.name}: snapshot {name} of {info.files} files, {format_size(info.bytes)}")
+        print(f"{dataset.name}: snapshot {name} of {count(info.files, 'file')}, {format_size(info.bytes)}")
     return 0
 
 
@@ -110,11 +110,11 @@ def counting(clock: Clock) -> Callable[[int], None]:
     every = 0.5 if live else 5.0
     last = clock.monotonic()
 
-    def show(count: int) -> None:
+    def show(listed: int) -> None:
         nonlocal last
         if clock.monotonic() - last >= every:
             last = clock.monotonic()
-            print(f"{count} files listed", end="\r" if live else "\n", file=sys.stderr, flush=True)
+            print(f"{count(listed, 'file')} listed", end="\r" if live else "\n", file=sys.stderr, flush=True)
 
     return show
 

@@ -157,7 +157,7 @@ def _written(writing: Mapping[str, Any]) -> list[str]:
         lines.append(f"  under way: {len(uploads['running']) - _SHOWN} more")
     reasons = [Reason(one["what"], one["key"], one["why"]) for one in uploads["failing"]]
     failing = grouped(reasons, known=uploads["away"])
-    lines += [f"  no answer: {printable(one)}" for one in uploads["away"]]
+    lines += [f"  does not get through: {printable(one)}" for one in uploads["away"]]
     lines += [f"  failing: {printable(one)}" for one in failing]
     lines += [f"  waits for a person: {printable(one)}" for one in writing["parked"]]
     free, total = format_size(writing["landing_free_bytes"]), format_size(writing["landing_total_bytes"])

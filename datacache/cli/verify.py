@@ -11,7 +11,7 @@ import os
 import sys
 
 from datacache.cli import flags, targets
-from datacache.cli.tables import as_json, printable, share
+from datacache.cli.tables import as_json, count, printable, share
 from datacache.errors import SettingError
 
 WRONG = ("damaged", "missing", "orphans", "overlong", "miscounted")
@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(as_json({"target": args.target, **found}))
         return 1 if left > 0 else 0
-    held = f"{found.get('blocks', 0)} blocks of {found.get('entries', 0)} entries"
+    entries = count(found.get("entries", 0), "entry", "entries")
+    held = f"{count(found.get('blocks', 0), 'block')} of {entries}"
     if wrong:
         kinds = ", ".join(f"{found[name]} {name}" for name in WRONG if found.get(name))
         print(f"{args.target}: {held}: {kinds}; {found.get('repaired', 0)} repaired")

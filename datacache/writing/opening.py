@@ -139,9 +139,7 @@ def open_writing(
                 directory, owner, reserve=settings.writing.reserve, block=settings.reading.block_size
             )
         except Locked as taken:
-            where = f", mounted at {taken.mount}" if taken.mount else ""
-            expected = f"one that nobody uses; process {taken.pid} does{where}"
-            raise SettingError("--landing", directory, expected) from taken
+            raise Locked(directory, pid=taken.pid, mount=taken.mount, what="landing zone") from taken
         except LandingBroken as broken:
             raise SettingError(
                 "--landing", directory, f"a directory, or one that can be made ({broken})"

@@ -3,7 +3,9 @@
 What needs a mount of ours is in `mounted/`.
 """
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +123,25 @@ def test_who_may_not_mount_is_told_what_is_needed(status: str, fusermount: str |
     assert why in said
     assert bool(said) == bool(why)
     assert (": " in said) == bool(why), "what it is, and after a colon what to do: doctor shows them apart"
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "root", "what"),
+    [
+        (0o600, 0, False, "its mode is 0600; root lets everybody in by `chmod 666 /dev/fuse`"),
+        (0o660, 0, False, "its mode is 0660; root lets everybody in by `chmod 666 /dev/fuse`"),
+        (0o660, 4294967, False, "its mode is 0660; root lets you in by `usermod -aG 4294967 YOU`"),
+        (0o666, 0, False, "in a container"),
+        (0o600, 0, True, "in a container"),
+    ],
+)
+def test_whom_the_device_is_closed_to_is_told_who_opens_it(
+    mode: int, group: int, root: bool, what: str
+) -> None:
+    """A user is not sent to look for a container."""
+    device = os.stat_result((stat.S_IFCHR | mode, 0, 0, 1, 0, group, 0, 0, 0, 0))
+    said = mountpoint.closed_to_us(PermissionError(errno.EACCES, "Permission denied"), device, root=root)
+    assert said.startswith(f"/dev/fuse cannot be opened (Permission denied): {what}")
 
 
 @pytest.mark.parametrize(

@@ -410,6 +410,7 @@ def test_rate_and_time_left_count_what_is_fetched() -> None:
     assert progress.left(nothing) == 0
     assert progress.line(RUNNING) == "120 of 400 files, 120.0 MiB of 400.0 MiB, 10.0 MiB/s, 28s left"
     assert "400+ files" in progress.line(dataclasses.replace(RUNNING, listed=False))
+    assert progress.line(LoadStatus("load-1", "done", files=1, listed=True)).startswith("0 of 1 file, ")
     assert progress.line(dataclasses.replace(DONE, files_failed=3)).endswith("10.0 MiB/s, 3 failed")
 
 
@@ -875,6 +876,41 @@ def test_doctor_on_the_disk_of_a_landing_zone(kind: str, states: list[str]) -> N
     assert [found.state for found in doctor.landing_disk("/x", kind)] == states
 
 
+@pytest.mark.parametrize(
+    ("landing", "states"),
+    [
+        ("theirs/landing", ["warn"]), ("theirs", ["warn"]), ("theirs/datacache-cache/l", ["fail"]),
+        ("ours/landing", []), ("ours", []), ("ours/datacache-cache", ["fail"]), ("elsewhere", []),
+        ("link/x", ["warn"]),
+    ],
+)  # fmt: skip
+def test_doctor_on_a_landing_zone_in_a_cache(tmp_path: Path, landing: str, states: list[str]) -> None:
+    """A cache may be deleted at any time, what lands may not; beside a tier of its own mount it may lie."""
+    for name in ("theirs", "ours"):
+        (tmp_path / name / "datacache-cache").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("theirs")
+    own = [TierSettings(Medium.SSD, str(tmp_path / "ours"), MiB)]
+    found = list(doctor.landing_place(str(tmp_path / landing), own))
+    assert [one.state for one in found] == states
+
+
+def test_mount_warns_of_its_landing_zone_or_refuses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line each, before anything is started."""
+    (tmp_path / "theirs" / "datacache-cache").mkdir(parents=True)
+    tiers = (TierSettings(Medium.SSD, str(tmp_path / "ours"), MiB),)
+    one = Settings(Dataset("a", ()), f"{tmp_path}/state", "/run", cache=CacheSettings(tiers=tiers))
+    for landing, said in (("theirs/l", True), ("l", False)):
+        writing = WritingSettings(enabled=True, landing=str(tmp_path / landing))
+        mount._check_landing(dataclasses.replace(one, writing=writing))
+        err = capsys.readouterr().err
+        assert (err.count("another data set"), "warning: " in err) == (said, said or "tmpfs" in err)
+    writing = WritingSettings(enabled=True, landing=str(tmp_path / "theirs/datacache-cache/l"))
+    with pytest.raises(SettingError, match=r"^--landing: .*elsewhere: .* among the files of a cache$"):
+        mount._check_landing(dataclasses.replace(one, writing=writing))
+
+
 def test_doctor_puts_an_object_and_removes_it() -> None:
     """Nobody's is overwritten, and nothing of it stays."""
     bucket = MemorySource()
@@ -1129,7 +1165,8 @@ def test_a_load_is_refused_by_the_owner_of_another_data_set(bucket: str, say: Sa
     finally:
         held.close()
     assert code == 1
-    assert f"is in use by process {os.getpid()}, mounted at /mnt/other" in err
+    used = f"is in use by process {os.getpid()}, mounted at /mnt/other"
+    assert f"{used}; `datacache umount /mnt/other` first, or take another one\n" in err
 
 
 def test_snapshots_are_made_listed_compared_and_removed(bucket: str, say: Said, tmp_path: Path) -> None:

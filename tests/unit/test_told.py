@@ -1,5 +1,6 @@
 """What people are told of what was written: by `status`, `flush`, `recover` and `umount`."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from datacache.cli import flush, umount
+from datacache.cli.main import main
 from datacache.cli.status import describe
 from datacache.cli.worker import _drain
 from datacache.clock import VirtualClock
@@ -47,7 +49,7 @@ def test_status_says_what_is_not_in_the_bucket_and_why() -> None:
         "  written: 3 files (5.0 MiB) not in the bucket yet, 1 open for writing, 1 closed, but somebody can "
         "write to them still, 4 operations due, the oldest for 3m20s",
         "    under way: put big (1.0 MiB of 3.0 MiB, 3s)",
-        f"    no answer: {AWAY}",
+        f"    does not get through: {AWAY}",
         "    failing: 2 uploads, of 'b' first: s3://b/p is forbidden",
         "    waits for a person: 'd': somebody else has changed it",
         "    landing zone: /nvme/landing, room for 10.0 GiB of 100.0 GiB; short of room, so uploads wait for "
@@ -64,6 +66,18 @@ def mounted(tmp_path: Path, **more: object) -> Worker:
         "cache": [f"ssd:{tmp_path}/cache=1MiB"], **more,
     }  # fmt: skip
     return Worker(read_settings(given, config_file=None, environment={}))
+
+
+def test_a_landing_zone_in_use_is_a_state_and_no_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, in one line: what it is, who uses it, and what to do."""
+    landing = tmp_path / "landing"
+    with mounted(tmp_path, landing=str(landing)):
+        code = main(["recover", str(landing)])
+    used = f"landing zone {landing} is in use by process {os.getpid()}"
+    expected = f"datacache: error: {used}; wait until that has ended, or take another one\n"
+    assert (code, capsys.readouterr().err) == (1, expected)
 
 
 def test_status_of_a_mount_that_has_nothing_to_say(tmp_path: Path) -> None:
