@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from datacache.sources.sink import Sink
     from datacache.sources.source import Source
 
+PROBE = ".datacache-doctor-"
+"""What the name of an object begins with that `--rw` puts and deletes."""
 OLDEST_KERNEL = (5, 4)
 """The oldest that the portable driver is made for."""
 SKEW = 300.0
@@ -415,18 +417,24 @@ def write_finding(sink: "Sink") -> Finding:
     """Whether objects can be put and deleted: one is, and nothing of it stays."""
     from datacache.sources.sink import NOTHING
 
-    key = f".datacache-doctor-{os.urandom(8).hex()}"
+    key = f"{PROBE}{os.urandom(8).hex()}"
     try:
         probe = Probe(b"Put here by `datacache doctor --rw`; it can be deleted.\n")
         stored = sink.put(key, probe, expected=NOTHING, metadata={}, put=probe)
-    except DatacacheError as error:
-        return Finding("write", "fail", f"nothing can be put: {redact(str(error))}", _advice(error))
+    except (DatacacheError, KeyboardInterrupt) as error:
+        if not isinstance(error, Denied | NotFound):  # only the answer may be lost
+            with suppress(DatacacheError):
+                if (there := sink.find(key)) is not None:
+                    sink.delete(key, expected=there.info.version)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return Finding("write", "fail", f"nothing can be put: {_refusal(error)}", _may_write(error))
     try:
         sink.delete(key, expected=stored.info.version)
     except DatacacheError as error:
         return Finding(
-            "write", "fail", f"objects can be put, but not deleted: {redact(str(error))}; {key!r} stays",
-            _advice(error),
+            "write", "fail", f"objects can be put, but not deleted: {_refusal(error)}; {key!r} stays",
+            _may_write(error),
         )  # fmt: skip
     if not sink.traits.conditional:
         return Finding(
@@ -434,6 +442,16 @@ def write_finding(sink: "Sink") -> Finding:
             "what somebody else writes in the very moment of an upload is overwritten (docs/limits.md)",
         )  # fmt: skip
     return Finding("write", "ok", "objects can be put and deleted; conditional: yes")
+
+
+def _refusal(error: DatacacheError) -> str:
+    return f"{'denied: ' if isinstance(error, Denied) else ''}{redact(str(error))}"
+
+
+def _may_write(error: DatacacheError) -> str:
+    if isinstance(error, Denied):
+        return "credentials that may put and delete objects, or mount without --rw"
+    return _advice(error)
 
 
 @dataclass(frozen=True)

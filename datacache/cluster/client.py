@@ -74,6 +74,10 @@ class _Client:
             raise _raised(answer)
         return answer
 
+    def _why(self, error: Exception) -> str:
+        """Why there was no answer."""
+        return _reason(error)
+
     def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patient: bool = False
     ) -> tuple[int, bytes]:
@@ -88,7 +92,7 @@ class _Client:
             response = connection.getresponse()
             raw = response.read(_ANSWER + 1)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ControlError(f"{self._who()} does not answer ({_reason(error)})") from error
+            raise ControlError(f"{self._who()} does not answer ({self._why(error)})") from error
         finally:
             connection.close()
         if len(raw) > _ANSWER:
@@ -114,6 +118,14 @@ class ControlClient(_Client):
             return f"the worker at {self._path}"
         what = f"the mount at {known.mount}" if known.mount else f"the worker of {known.dataset}"
         return f"{what} (pid {known.pid})"
+
+    def _why(self, error: Exception) -> str:
+        gone = isinstance(error, FileNotFoundError | ConnectionRefusedError)
+        if gone and os.path.exists(registry.broker_socket(self._path)):
+            return (
+                "its daemon has ended, and the next one begins: ask again, or read in its log why it does not"
+            )
+        return super()._why(error)
 
     def list(self, path: str, *, after: int = 0, limit: int = 1000) -> tuple[list[CachedPath], int]:
         page = self._call("POST", "/v1/list", {"path": path, "after": after, "limit": limit})

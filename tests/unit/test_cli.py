@@ -588,10 +588,15 @@ def test_status_of_a_worker_that_does_not_answer(own_directories: Path, say: Sai
     )
     registry.register(str(run), gone)
     code, out, _ = say("status")
+    broker = Path(registry.broker_socket(gone.socket))
+    broker.touch()
+    between = say("status")[1]
+    broker.unlink()
     registry.unregister(str(run), gone)
     assert code == 1
     assert "gone at /mnt/gone" in out
-    assert "does not answer" in out
+    assert "does not answer (it has ended)" in out
+    assert "its daemon has ended, and the next one begins" in between, "the broker of its mount lives"
 
 
 def test_status_is_watched_until_interrupted(worker: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
@@ -920,6 +925,29 @@ def test_doctor_puts_an_object_and_removes_it() -> None:
     assert not [page for page in bucket.list("", recursive=True) if page.objects]
 
 
+@pytest.mark.parametrize("error", [Unavailable("no answer"), KeyboardInterrupt()])
+def test_doctor_removes_what_it_put_though_there_was_no_answer(error: BaseException) -> None:
+    put = []
+
+    class Losing(MemorySink):
+        def put(self, key: str, *args: Any, **more: Any) -> Any:
+            super().put(key, *args, **more)
+            put.append(key)
+            raise error
+
+    bucket = MemorySource()
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            doctor.write_finding(Losing(bucket))
+    else:
+        found = doctor.write_finding(Losing(bucket))
+        assert (found.state, found.text) == ("fail", "nothing can be put: no answer")
+    (key,) = put
+    assert key.startswith(doctor.PROBE)
+    assert f"`{doctor.PROBE}`" in (Path(__file__).parents[2] / "docs/troubleshooting.md").read_text()
+    assert not [page for page in bucket.list("", recursive=True) if page.objects]
+
+
 @pytest.mark.parametrize("call", ["put", "delete"])
 def test_doctor_says_that_credentials_are_for_reading_only(call: str) -> None:
     def denied(*args: object, **more: object) -> Any:
@@ -929,8 +957,8 @@ def test_doctor_says_that_credentials_are_for_reading_only(call: str) -> None:
     sink = MemorySink(bucket)
     setattr(sink, call, denied)
     found = doctor.write_finding(sink)
-    assert (found.state, "forbidden" in found.text) == ("fail", True)
-    assert "check the credentials" in found.advice
+    assert (found.state, "denied: s3://b/x is forbidden" in found.text) == ("fail", True)
+    assert "or mount without --rw" in found.advice
     stays = [info.key for page in bucket.list("", recursive=True) for info in page.objects]
     assert len(stays) == (call == "delete")
     assert all(repr(key) in found.text for key in stays)
