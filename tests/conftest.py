@@ -118,9 +118,18 @@ def clock() -> VirtualClock:
 
 
 @pytest.fixture(scope="module")
+def moto() -> Iterator["S3Server"]:
+    """A server that knows all of S3's semantics, for the tests of one module."""
+    from tests.support.s3 import moto_server  # most tests need no client of a store
+
+    with moto_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def versitygw(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3Server"]:
     """A real S3 server, for the tests of one module."""
-    from tests.support.s3 import find_tool, versitygw_server  # most tests need no client of a store
+    from tests.support.s3 import find_tool, versitygw_server
 
     if find_tool("versitygw") is None:
         pytest.skip("versitygw is not installed")

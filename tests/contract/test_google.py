@@ -14,15 +14,9 @@ from datacache.model import MountPoint
 from datacache.sources.opening import open_raw
 from datacache.sources.source import Source
 from tests.contract.source_suite import Made, SourceSuite, keys, prefixes
-from tests.support.s3 import S3Server, moto_server
+from tests.support.s3 import S3Server
 
 _numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[S3Server]:
-    with moto_server() as server:
-        yield server
 
 
 def opened(server: S3Server, uri: str, **options: str) -> Source:

@@ -16,16 +16,10 @@ from datacache.model import ByteRange, Dataset, MountPoint, ObjectInfo, Version
 from datacache.sources.opening import open_raw, open_source
 from datacache.sources.source import Source
 from tests.contract.source_suite import Made, SourceSuite
-from tests.support.s3 import S3Server, moto_server
+from tests.support.s3 import S3Server
 
 _numbers = itertools.count(1)
 SETTINGS = SourceSettings(timeout=20, stall_timeout=10)
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[S3Server]:
-    with moto_server() as server:
-        yield server
 
 
 def opened(server: S3Server, uri: str, **options: str) -> Source:

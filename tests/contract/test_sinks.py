@@ -25,7 +25,7 @@ from datacache.sources.s3 import S3Source
 from datacache.sources.s3upload import S3Sink, plan
 from datacache.sources.sink import NOTHING
 from tests.contract.sink_suite import PART, Made, SinkSuite, put
-from tests.support.s3 import S3Server, moto_server, reset_moto
+from tests.support.s3 import S3Server, reset_moto
 
 SETTINGS = SourceSettings(timeout=20, stall_timeout=10)
 _numbers = itertools.count(1)
@@ -163,12 +163,6 @@ def test_parts_are_planned() -> None:
     assert len(huge) <= 10_000
     assert (huge[0].start, huge[-1].stop) == (0, 5 * TiB)
     assert all(a.stop == b.start for a, b in pairwise(huge))
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[S3Server]:
-    with moto_server() as server:
-        yield server
 
 
 def made_of(server: S3Server, *, tree: bool = False) -> Iterator[Made]:

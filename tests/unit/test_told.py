@@ -48,7 +48,7 @@ def test_status_says_what_is_not_in_the_bucket_and_why() -> None:
     assert told(WRITING) == [
         "  written: 3 files (5.0 MiB) not in the bucket yet, 1 open for writing, 1 closed, but somebody can "
         "write to them still, 4 operations due, the oldest for 3m20s",
-        "    under way: put big (1.0 MiB of 3.0 MiB, 3s)",
+        "    under way: upload of big (1.0 MiB of 3.0 MiB, 3s)",
         f"    does not get through: {AWAY}",
         "    failing: 2 uploads, of 'b' first: s3://b/p is forbidden",
         "    waits for a person: 'd': somebody else has changed it",
