@@ -146,13 +146,13 @@ def _written(writing: Mapping[str, Any]) -> list[str]:
     """What was written and is not in the bucket yet, and why; nothing of a mount that is only read."""
     if not writing:
         return []
-    from datacache.writing.reasons import Reason, grouped
+    from datacache.writing.reasons import Reason, grouped, noun
 
     uploads = writing["uploads"]
     lines = [f"written: {_dirty(writing, uploads)}"]
     for one in uploads["running"][:_SHOWN]:
         so_far = f"{format_size(one['sent'])} of {format_size(one['size'])}, {span(one['seconds'])}"
-        lines.append(f"  under way: {one['what']} {printable(one['key'])} ({so_far})")
+        lines.append(f"  under way: {noun(one['what'])} of {printable(one['key'])} ({so_far})")
     if len(uploads["running"]) > _SHOWN:
         lines.append(f"  under way: {len(uploads['running']) - _SHOWN} more")
     reasons = [Reason(one["what"], one["key"], one["why"]) for one in uploads["failing"]]

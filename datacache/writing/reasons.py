@@ -20,6 +20,11 @@ class Reason(NamedTuple):
     why: str
 
 
+def noun(what: str) -> str:
+    """What an operation of a kind (put, copy, delete) is called."""
+    return _NOUNS.get(what, (what, what))[0]
+
+
 def grouped(found: Iterable[Reason], *, known: Iterable[str] = ()) -> list[str]:
     """One line for each reason, in the order in which they come first. What a reason is about is named once,
     so the key is left out of it. Reasons that are part of what is `known` already are left out."""
