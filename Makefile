@@ -120,6 +120,10 @@ bench-write: setup s3-server ## the write path beside native files, the store cl
 	@command -v s3fs >/dev/null || $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq s3fs >/dev/null
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/write.py $(ARGS)
 
+.PHONY: bench-kubernetes
+bench-kubernetes: setup cluster-tools ## the controller beside a real control plane: restarts, idle writes, memory (about 8 minutes)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/kubernetes.py $(ARGS)
+
 .PHONY: clean
 clean: ## remove what the above made in this checkout
 	rm -rf $(VENV) build *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -194,9 +194,17 @@ class Controller:
         settings.posting.enabled = False
         settings.scanning.disabled = True  # the kinds are known; nothing is to be watched for new ones
         settings.watching.server_timeout = 300
-        await kopf.operator(
-            registry=self._registry(), settings=settings, standalone=True, clusterwide=True, stop_flag=stop
-        )
+        try:
+            await kopf.operator(
+                registry=self._registry(),
+                settings=settings,
+                standalone=True,
+                clusterwide=True,
+                stop_flag=stop,
+            )
+        finally:
+            # A signal ends kopf without it; and a thread of the loop waits for it, for whom the loop waits.
+            stop.set()
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()

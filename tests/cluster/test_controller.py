@@ -1,6 +1,8 @@
 """A Dataset on a real API server, controller manager and scheduler: what becomes of it, and what is left."""
 
+import json
 import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from datacache.kube.reconciling import FINALIZER, IDLE, Reconciler
 from datacache.kube.release import Key, Name
 from datacache.kube.spec import read_dataset
 from tests.cluster.datasets import RELEASE, SECRET, CountingApi, Killed, Team, job_says, worker_says
-from tests.cluster.plane import ControlPlane, wait_until
+from tests.cluster.plane import PATIENCE, ControlPlane, wait_until
 from tests.conftest import AnnouncedLogs
 
 ROOT = Path(__file__).parents[2]
@@ -680,3 +682,33 @@ def test_only_the_holder_of_the_lease_acts(installed: ControlPlane, team: Team, 
         first.end()
         second.end()
         team.api.merge(LEASE, {"spec": {"holderIdentity": ""}})
+
+
+def test_the_command_acts_and_ends_when_it_is_told_to(
+    installed: ControlPlane, team: Team, tmp_path: Path
+) -> None:
+    words = [
+        "--namespace",
+        RELEASE.namespace,
+        "--image",
+        RELEASE.image,
+        "--kubeconfig",
+        str(installed.kubeconfig),
+    ]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(["datacache", "controller", *words], stdout=log, stderr=log)
+    try:
+        team.dataset()
+        wait_until(
+            lambda: team.status().get("phase") == "Bound" or process.poll() is not None,
+            "the claim to be bound",
+        )
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+    said = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [each["message"] for each in said if each["level"] in ("warning", "error")] == []
+    assert team.status()["phase"] == "Bound"
+    assert team.api.get(LEASE)["spec"]["holderIdentity"] == ""
