@@ -34,6 +34,7 @@ _TOKENS = {
     "admin": ("admin", "system:masters"),
     "kcm": ("system:kube-controller-manager", ""),
     "scheduler": ("system:kube-scheduler", ""),
+    "node1": ("system:node:node1", "system:nodes"),
 }
 
 
