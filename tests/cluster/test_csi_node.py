@@ -16,13 +16,14 @@ from fuse import mountpoint
 from tests.cluster.debian import NoPackages
 from tests.cluster.node import IMAGE, Node, node
 from tests.cluster.plane import ControlPlane, wait_until
-from tests.support.s3 import S3Server, find_tool, versitygw_server
+from tests.support.s3 import S3Server
 
 pytestmark = [
     pytest.mark.skipif(bool(mountpoint.obstacle()), reason=mountpoint.obstacle() or "-"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a node"),
-    pytest.mark.skipif(find_tool("versitygw") is None, reason="versitygw is not installed"),
 ]
+
+BUCKET = "csi-node"
 
 READS = (
     "cat /data/file && echo by-a > /data/a && while cat /data/file > /tmp/x; do sleep 0.05; done; echo FAILED"
@@ -75,18 +76,18 @@ def real(plane: ControlPlane, tmp_path: Path) -> Iterator[Node]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[S3Server]:
-    with versitygw_server(tmp_path / "bucket") as server:
-        server.make_bucket("data")
-        server.put("data", "train/file", b"hello from the bucket\n")
-        server.put("data", "train/sub/file", b"hello from below\n")
-        yield server
+def store(versitygw: S3Server) -> S3Server:
+    """One with a bucket that has something in it."""
+    versitygw.make_bucket(BUCKET)
+    versitygw.put(BUCKET, "train/file", b"hello from the bucket\n")
+    versitygw.put(BUCKET, "train/sub/file", b"hello from below\n")
+    return versitygw
 
 
 def volume(server: S3Server) -> list[dict[str, Any]]:
     """What an administrator writes: a claim of a bucket that pods of user 1000 may write to."""
     attributes = {
-        "uri": "s3://data/train",
+        "uri": f"s3://{BUCKET}/train",
         "endpoint": server.endpoint,
         "rw": "true",
         "uid": "1000",
@@ -181,7 +182,7 @@ def test_pods_of_a_bucket(plane: ControlPlane, real: Node, store: S3Server, tmp_
         in_time(lambda: place not in real.mounts(), "the end of the mount")
         in_time(lambda: not os.listdir(place), "the kubelet to tidy up")
         assert not os.listdir(real.kubelet / "plugins" / DRIVER / "volumes")
-        body = store.client.get_object(Bucket="data", Key="train/a")["Body"]
+        body = store.client.get_object(Bucket=BUCKET, Key="train/a")["Body"]
         with body:
             assert body.read() == b"by-a\n"
         assert driver.stop() == 0

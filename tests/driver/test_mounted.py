@@ -1,5 +1,6 @@
 """The driver as a process, over real mounts of a real bucket, as a kubelet uses it."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -20,17 +21,17 @@ from tests.driver.client import Client, connected
 from tests.driver.requests import MODE, Kubelet
 from tests.driver.test_program import Program, running
 from tests.support.reading import until
-from tests.support.s3 import SECRET_KEY, S3Server, find_tool, versitygw_server
+from tests.support.s3 import SECRET_KEY, S3Server, versitygw_server
 
 pytestmark = [
     pytest.mark.mounted,
     pytest.mark.server,
     pytest.mark.skipif(bool(mountpoint.obstacle()), reason=mountpoint.obstacle() or "-"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can make bind mounts"),
-    pytest.mark.skipif(find_tool("versitygw") is None, reason="versitygw is not installed"),
 ]
 
 CONTENT = os.urandom(300_000)
+_numbers = itertools.count(1)
 
 
 class Site:
@@ -44,12 +45,13 @@ class Site:
             "XDG_STATE_HOME": str(root / "state"),
             "XDG_CACHE_HOME": str(root / "cache"),
         }
-        server.make_bucket("data")
-        server.put("data", "train/a/file", CONTENT)
+        self.bucket = f"csi-{next(_numbers)}"
+        self.uri = f"{server.make_bucket(self.bucket)}/train"
+        server.put(self.bucket, "train/a/file", CONTENT)
 
     def context(self, **more: str) -> dict[str, str]:
         """The attributes of the volume."""
-        return {"uri": "s3://data/train", "endpoint": self.server.endpoint, **more}
+        return {"uri": self.uri, "endpoint": self.server.endpoint, **more}
 
     def stage(self, **more: str) -> v1.NodeStageVolumeRequest:
         return self.kubelet.stage(self.context(**more), secrets=self.server.environment)
@@ -60,20 +62,19 @@ class Site:
     def written(self) -> bytes:
         """All that the driver and its mounts have written down and logged."""
         kept = [path for path in self.root.rglob("*") if path.is_file() and "kubelet/pods" not in str(path)]
-        return b"".join(path.read_bytes() for path in kept if "bucket" not in path.parts)
+        return b"".join(path.read_bytes() for path in kept)
 
 
 @pytest.fixture
-def site(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Iterator[Site]:
+def site(versitygw: S3Server, tmp_path: Path) -> Iterator[Site]:
     # Other users have to get there.
     for directory in (tmp_path, *tmp_path.parents[:2]):
         directory.chmod(0o755)
-    with versitygw_server(tmp_path / "bucket") as server:
-        site = Site(tmp_path, server)
-        yield site
-        for info in list(mountpoint.mounts().values()):
-            if Path(info.directory).is_relative_to(site.kubelet.root):
-                subprocess.run(["umount", "-l", info.directory], check=True)
+    site = Site(tmp_path, versitygw)
+    yield site
+    for info in list(mountpoint.mounts().values()):
+        if Path(info.directory).is_relative_to(site.kubelet.root):
+            subprocess.run(["umount", "-l", info.directory], check=True)
 
 
 def calls(program: Program) -> "Iterator[Client]":
@@ -127,7 +128,7 @@ def test_only_who_may_write_writes(site: Site) -> None:
         for pod in ("writer", "reader", "flagged"):
             client.call(kubelet.unpublish(pod))
         insist(client, kubelet.unstage())
-        body = site.server.client.get_object(Bucket="data", Key="train/new")["Body"]
+        body = site.server.client.get_object(Bucket=site.bucket, Key="train/new")["Body"]
         with body:
             assert body.read() == b"by the writer"
 
@@ -135,7 +136,6 @@ def test_only_who_may_write_writes(site: Site) -> None:
 def test_what_the_bucket_has_not_yet_keeps_the_mount(site: Site) -> None:
     """The store is away: unstage says what is owed, and the pod is gone all the same. Then it is back."""
     kubelet = site.kubelet
-    port = int(site.server.endpoint.rpartition(":")[2])
     with site.running() as program, calls(program) as client:
         with versitygw_elsewhere(site) as elsewhere:
             client.call(site.stage(rw="true", endpoint=elsewhere.endpoint))
@@ -150,7 +150,7 @@ def test_what_the_bucket_has_not_yet_keeps_the_mount(site: Site) -> None:
         assert mountpoint.is_mounted(str(kubelet.staging))
         with versitygw_server(site.root / "elsewhere", port=port) as back:
             insist(client, kubelet.unstage())
-            body = back.client.get_object(Bucket="data", Key="train/new")["Body"]
+            body = back.client.get_object(Bucket=site.bucket, Key="train/new")["Body"]
             with body:
                 assert body.read() == b"nobody is there"
 
@@ -159,7 +159,7 @@ def test_what_the_bucket_has_not_yet_keeps_the_mount(site: Site) -> None:
 def versitygw_elsewhere(site: Site) -> Iterator[S3Server]:
     """A second store, which can be away."""
     with versitygw_server(site.root / "elsewhere") as server:
-        server.make_bucket("data")
+        server.make_bucket(site.bucket)
         yield server
 
 
@@ -212,7 +212,7 @@ def test_many_at_once(site: Site) -> None:
         for one in volumes:
             for pod in "ab":
                 assert (one.target(pod) / "a" / "file").read_bytes() == CONTENT
-        shown = [info for info in mountpoint.mounts().values() if info.source == "s3://data/train"]
+        shown = [info for info in mountpoint.mounts().values() if info.source == site.uri]
         here = [info for info in shown if info.directory.startswith(str(site.root))]
         assert len(here) == 9
         assert len({info.device for info in here}) == 3
@@ -284,7 +284,7 @@ def test_a_store_that_refuses_is_said_to_whoever_looks_at_the_pod(site: Site) ->
         code, text = client.code(wrong)
         assert code is grpc.StatusCode.INTERNAL
         assert "a-wrong-key" not in text
-        assert "data" in text
+        assert site.bucket in text
         missing = site.stage(uri="s3://no-such-bucket")
         code, text = client.code(missing)
         assert "no-such-bucket" in text
