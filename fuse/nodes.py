@@ -148,6 +148,11 @@ class Nodes:
                     self._tell_another(entry)
             raise Stale(f"{entry.name!r} has another version now than node {node}")
 
+    def check_life(self, node: int) -> None:
+        """Raise Stale for a node that cannot be opened any more, since an earlier daemon told of it."""
+        if self._passthrough and read(node).life != self._life:
+            raise Stale(f"node {node} was told of by an earlier daemon: how it is open is not known")
+
     def open(
         self, node: int, entry: Entry, backing: Backing | None = None, *, sole: bool = False
     ) -> Backing | None:
@@ -156,10 +161,9 @@ class Nodes:
         with self._lock:
             if not self._passthrough:
                 assert backing is None, "nothing is passed through on this mount"
-            elif read(node).life != self._life:
-                if not sole:
-                    self._tell_another(entry, backing)
-                raise Stale(f"node {node} was told of by an earlier daemon: how it is open is not known")
+            elif read(node).life != self._life and not sole:
+                self._tell_another(entry, backing)
+            self.check_life(node)
             held = self._open.get(node)
             if held is None:
                 self._open[node] = _Open(entry, backing, 1)

@@ -499,7 +499,7 @@ class WritableSession(Session):
 
     def _open(self, header: Header, body: protocol.OpenIn) -> Answer:
         kill = bool(body.open_flags & _OPEN_KILL)
-        opened = self._writable.open(header.node, body.flags, kill=kill, who=header.pid)
+        opened = self._writable.open(header.node, body.flags, kill=kill, who=header.pid, again=_again(header))
         encoded = protocol.encode_open_out(opened.handle, self._flags_of(opened), opened.backing)
         return protocol.reply(header.unique, encoded)
 

@@ -402,9 +402,10 @@ class WritableFileSystem(FileSystem):
     def _write_nothing(self, ino: int) -> None:
         self._overlay.closed(ino, self._overlay.open(ino, writing=True))
 
-    def open(self, node: int, flags: int, *, kill: bool = False, who: int = 0) -> Opened:
+    def open(self, node: int, flags: int, *, kill: bool = False, who: int = 0, again: bool = False) -> Opened:
         """As `FileSystem.open`, for writing too. `kill`: drop suid and sgid. `who`: the thread that opens it,
-        0 where that is not known. Who is told ESTALE, and comes again, finds the file landed."""
+        0 where that is not known. Who is told ESTALE, and comes again, finds the file landed.
+        `again`: the daemon before may have counted this writer already."""
         writing, empties = flags & os.O_ACCMODE != os.O_RDONLY, bool(flags & os.O_TRUNC)
         ino = nodes.path(node)
         if writing and not empties:  # who empties a file makes room
@@ -417,9 +418,12 @@ class WritableFileSystem(FileSystem):
                     file = self._landing_file(ino, who, writing=writing or empties, truncate=empties)
             except VersionChanged:
                 continue  # it was uploaded in this moment
+            if again and self._counted and file.writing:
+                self._overlay.released(ino)
             held = _File(node, self._overlay.entry(ino), opened=_Bytes(ino, file, self._closed))
             try:
                 self._nodes.check(node, held.entry, sole=True)
+                self._nodes.check_life(node)
                 if empties:
                     self._empty(held, writing)
                 if kill:
@@ -440,6 +444,8 @@ class WritableFileSystem(FileSystem):
         """The landing file of a path, which is landed where it is clean and `writing`. Raises VersionChanged
         where it is uploaded meanwhile."""
         if writing:
+            if not truncate and self._overlay.hollow(ino):
+                self._overlay.awaited.give_up(ino, who)  # it does not want it emptied any more
             kept = self._overlay.awaited.take(ino, who)
             if kept is not None:
                 return kept
@@ -455,6 +461,7 @@ class WritableFileSystem(FileSystem):
         """Cut off all bytes, for whoever may do no more than that, too."""
         opened = held.opened
         assert isinstance(opened, _Bytes)
+        self._overlay.emptied(opened.ino)
         opened.truncate(0)
         if not writing:
             held.opened = _Bytes(opened.ino, self._overlay.open(opened.ino, writing=False), self._closed)
@@ -606,6 +613,8 @@ class WritableFileSystem(FileSystem):
                     raise
                 opened = _Bytes(ino, found, self._closed)
                 try:
+                    if not size:
+                        self._overlay.emptied(ino)
                     opened.truncate(size)
                 finally:
                     opened.close()
@@ -661,14 +670,14 @@ class WritableFileSystem(FileSystem):
 
     def leave(self) -> None:
         # What is being written is not closed, so it is not called so.
-        self._overlay.awaited.give_up(all=True)
+        self._overlay.awaited.give_up()
         self._left = True
 
     def close(self) -> None:
         super().close()
         self._written.close()
         if not self._left:
-            self._overlay.awaited.give_up(all=True)
+            self._overlay.awaited.give_up()
 
     # ---- in common ---------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from datacache.clock import Clock
 from datacache.writing.landing import LandedFile
 
-PATIENCE = 30.0
-"""Seconds after which a file that nobody came for is called closed."""
+PATIENCE = 2.0
+"""Seconds after which a file that nobody came for is called closed: the kernel comes again at once."""
 
 
 class Awaited:
@@ -27,6 +27,9 @@ class Awaited:
 
     def __repr__(self) -> str:
         return f"<Awaited {len(self._files)} paths>"
+
+    def __bool__(self) -> bool:
+        return bool(self._files)
 
     def keep(self, ino: int, who: int, file: LandedFile) -> None:
         """`who` was refused, and gets it when it comes again."""
@@ -46,17 +49,30 @@ class Awaited:
                 del self._files[ino, who]
             return file
 
-    def give_up(self, *, all: bool = False) -> None:
-        """Close what nobody came for in PATIENCE; or all of it."""
+    def count(self, ino: int) -> int:
+        """How many files are kept open of a path."""
+        if not self._files:
+            return 0
+        with self._lock:
+            return sum(len(files) for (of, _), files in self._files.items() if of == ino)
+
+    def look(self) -> None:
+        """Close what nobody came for in PATIENCE."""
+        self._close(lambda of, since: since <= self._clock.monotonic() - PATIENCE)
+
+    def give_up(self, ino: int | None = None, who: int = 0) -> None:
+        """Close all that is kept, or what is kept of a path for somebody."""
+        self._close(lambda of, since: ino is None or of == (ino, who))
+
+    def _close(self, is_late: Callable[[tuple[int, int], float], bool]) -> None:
         if not self._files:
             return
-        until = self._clock.monotonic() - PATIENCE
         late: list[tuple[int, LandedFile]] = []
         with self._lock:
-            for (ino, who), files in list(self._files.items()):
-                late += [(ino, file) for file, since in files if all or since <= until]
-                files[:] = [] if all else [one for one in files if one[1] > until]
+            for of, files in list(self._files.items()):
+                late += [(of[0], file) for file, since in files if is_late(of, since)]
+                files[:] = [one for one in files if not is_late(of, one[1])]
                 if not files:
-                    del self._files[ino, who]
+                    del self._files[of]
         for ino, file in late:
             self._closed(ino, file)

@@ -23,7 +23,7 @@ from typing import Protocol
 from datacache.clock import Clock
 from datacache.errors import DatacacheError, LandingBroken, Unavailable
 from datacache.model import Kind
-from datacache.writing.journal import Op
+from datacache.writing.journal import Node, Op
 from datacache.writing.landing import Landing, copy, look_of
 from datacache.writing.ledger import Copied
 from datacache.writing.overlay import Overlay
@@ -119,7 +119,7 @@ class Early:
         deadline, tries = self._clock.monotonic() + self._timeout, 0
         while True:
             node = self._ledger.nodes.get(ino)
-            if node is None or (closing and node.writers > max(1, self._overlay.closes.announced(ino))):
+            if node is None or (closing and self._others(node)):
                 return
             try:
                 seq = self._copy(ino)
@@ -143,6 +143,11 @@ class Early:
             if not report:
                 raise Unavailable(f"{node.key!r} is not in the bucket: {report.reasons}")
             # It was renamed, or written again: what it holds now is another operation's.
+
+    def _others(self, node: Node) -> bool:
+        """Whether somebody beside who closes has it open for writing, and has not closed it as well."""
+        ours = max(1, self._overlay.closes.announced(node.ino))
+        return node.writers - self._overlay.awaited.count(node.ino) > ours
 
     def _copy(self, ino: int) -> int | None:
         """`seq` of what the bucket is owed for what a file holds now; None: it has that, or need not. Raises

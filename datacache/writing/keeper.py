@@ -94,7 +94,7 @@ class Keeper:
         """One look. Raises LandingError."""
         if self._overlay.ledger.unnoted:
             self._overlay.note_closes()
-        self._overlay.awaited.give_up()
+        self._overlay.awaited.look()
         self._looks += 1
         if not self._looks % SYNCED:
             self._overlay.sync_closed()

@@ -26,7 +26,7 @@ from datacache.errors import IndexBroken, IndexFull
 from datacache.index import names
 from datacache.index.database import Changing
 from datacache.index.live import LiveIndex
-from datacache.model import Entry, Kind
+from datacache.model import Entry, Kind, Version
 from datacache.sources.sink import Stored
 from datacache.writing.journal import Attributes, Change, Hidden, Journal, Node, Op, OpKind
 from datacache.writing.landing import Landing, Quiet
@@ -312,6 +312,19 @@ class Ledger:
         """Remove a landing file, if nobody names it any more when the journal is synced."""
         if landing:
             self._dispensable.add(landing)
+
+
+def is_hollow(node: Node) -> bool:
+    """Whether it was landed without its bytes, which the bucket has, to be emptied; and was not yet."""
+    return bool(node.landing) and node.origin is not None
+
+
+def take_off(batch: "Batch", node: Node, op: Op, kept: Attributes) -> None:
+    """A file that was landed and not written is the clean file that it was; `kept` is kept of it."""
+    batch.drop_op(op)
+    batch.drop_node(node)
+    if kept != Attributes() and isinstance(op.expected, Version):
+        batch.keep_attributes(node.mount, node.key, op.expected.token, node.kind, kept)
 
 
 class Batch:

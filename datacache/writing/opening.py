@@ -56,7 +56,7 @@ class Writing:
         flushed = self.uploader.flush(prefix, timeout=timeout)
         dirty = self.settling.dirty()
         return {
-            "clean": flushed.complete and not unnoted,
+            "clean": flushed.complete and not unnoted and not self.overlay.awaited,
             "pending": dirty.due, "open": dirty.open, "bytes": dirty.bytes, "stuck": flushed.stuck,
             "errors": [*self._unnoted(unnoted), *self.uploader.reasons(flushed.left)][:20],
         }  # fmt: skip

@@ -57,7 +57,7 @@ from datacache.writing.journal import (
     OpKind,
 )
 from datacache.writing.landing import LandedFile, Landing, Room, allocate, look_of
-from datacache.writing.ledger import Batch, Ledger, Unchanged
+from datacache.writing.ledger import Batch, Ledger, Unchanged, is_hollow, take_off
 from datacache.writing.owing import Expected, Owing, next_id
 
 _log = logging.getLogger(__name__)
@@ -413,7 +413,9 @@ class Overlay:
         survive it, too: ext4 does the same for who writes beside and renames without a sync."""
         if entry is not None and target is not None:
             new, old = self.ledger.nodes.get(entry.ino), self.ledger.nodes.get(target.ino)
-            if old is not None and old.landing and old.synced and new is not None and new.landing:
+            # Its bytes are here, or under a name that is to be deleted in the bucket.
+            only = old is not None and (old.synced or old.origin or old.ino in self.ledger.deletes)
+            if only and new is not None and new.landing and not new.synced:
                 self._sync_bytes(new)
                 self._note_synced([new])
 
@@ -482,7 +484,7 @@ class Overlay:
         before, tried, mark = self.owing.supersede(batch, node.mount, node.key)
         if before is None:
             before = node.origin.version if node.origin is not None else ANYTHING
-        batch.put_node(new)
+        batch.put_node(new._replace(origin=None) if is_hollow(new) else new)
         batch.then(lambda: self.ledger.unchanged.pop(node.ino, None))  # it is another path now
         self.owing.owe_put(batch, new, there, due=closed, barrier=closed)
         left = []
@@ -599,8 +601,9 @@ class Overlay:
 
     def land(self, ino: int, *, truncate: bool = False) -> Entry:
         """Have the bytes of a file in the landing zone, to be written; the file as it is then. One that was
-        clean has another generation afterwards, and with `truncate` none of its bytes: whoever opens it then
-        empties it, whatever it has by then; where nobody does, it is clean again with its last `closed`.
+        clean has another generation afterwards, and with `truncate` none of its bytes, so it is `hollow`.
+        Whoever opens it then says that it is `emptied`; where nobody does, it is clean again when it was
+        closed.
 
         Raises NoSuchPath, IsADirectory, LandingFull, LandingBroken, SourceError.
         """
@@ -707,6 +710,7 @@ class Overlay:
         with self.ledger.changing("land") as batch:
             node = Node(
                 ino, entry.parent, entry.name, entry.kind, entry.mount, entry.key, generation, number,
+                origin=self._stored(ino)._replace(mtime_ns=entry.mtime_ns) if truncate else None,
                 attributes=kept,
             )  # fmt: skip
             batch.put_node(node)
@@ -715,6 +719,19 @@ class Overlay:
             self._landing.set_mtime(number, entry.mtime_ns)  # so that it shows that somebody empties it
         look = look_of(self._landing.stat(number))
         self.ledger.unchanged[ino] = Unchanged(entry, look, blocks)
+
+    def hollow(self, ino: int) -> bool:
+        """Whether a file was landed to be emptied, and nobody has emptied it yet."""
+        node = self.ledger.nodes.get(ino)
+        return node is not None and is_hollow(node)
+
+    def emptied(self, ino: int) -> None:
+        """Whoever empties a file is about to, and will not be refused any more."""
+        with self._lock:
+            node = self.ledger.nodes.get(ino)
+            if node is not None and is_hollow(node):
+                with self.ledger.changing("emptied") as batch:
+                    batch.put_node(node._replace(origin=None))
 
     def open(self, ino: int, *, writing: bool) -> LandedFile:
         """Open the landing file of a landed path, until `closed`. Raises VersionChanged where it has none
@@ -906,11 +923,11 @@ class Overlay:
             if self._index.entry(node.ino).mtime_ns == mtime_ns:
                 mtime_ns = None
         kept = node.attributes._replace(mtime_ns=mtime_ns)
+        hollow = self._entry_of(node) if is_hollow(node) else None
         with self._given_back(node, before), self.ledger.changing("unchanged") as batch:
-            batch.drop_op(op)
-            batch.drop_node(node)
-            if kept != _DEFAULT and isinstance(op.expected, Version):
-                batch.keep_attributes(node.mount, node.key, op.expected.token, node.kind, kept)
+            take_off(batch, node, op, kept)
+        if hollow is not None:
+            self.ledger.replaced(hollow)  # the kernel may have been told of a size of 0
 
     @contextmanager
     def _given_back(self, node: Node, before: Unchanged) -> Iterator[None]:
@@ -1045,12 +1062,16 @@ class Overlay:
             return node
         origin = None
         if entry.kind is not Kind.DIRECTORY:
-            stored = self._index.entry(entry.ino)  # undressed: what the store has
-            origin = ObjectInfo(stored.key, stored.size, stored.version, stored.mtime_ns)
+            origin = self._stored(entry.ino)
         return Node(
             entry.ino, entry.parent, entry.name, entry.kind, entry.mount, entry.key, entry.generation,
             origin=origin, attributes=self.attributes(entry),
         )  # fmt: skip
+
+    def _stored(self, ino: int) -> ObjectInfo:
+        """A clean path as the store has it, without what is kept of it here."""
+        stored = self._index.entry(ino)
+        return ObjectInfo(stored.key, stored.size, stored.version, stored.mtime_ns)
 
     def _entry_of(self, node: Node) -> Entry:
         """A node as an index shows it. Raises NoSuchPath, LandingBroken."""

@@ -7,13 +7,15 @@ A daemon that takes a mount over keeps them, since the kernel uses them; a fresh
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 from datacache.clock import Clock
+from datacache.errors import NoSuchPath
 from datacache.index import names
 from datacache.index.live import LiveIndex
 from datacache.model import Kind
 from datacache.writing.journal import NOTHING, Hidden, Node, OpKind
-from datacache.writing.ledger import Ledger
+from datacache.writing.ledger import Ledger, is_hollow, take_off
 from datacache.writing.owing import beside, new_id
 
 _log = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ def go_on(ledger: Ledger, index: LiveIndex, clock: Clock, *, leases_tell: bool) 
     for op in ledger.journal.ops():
         ledger.set_op(op)
     nodes = ledger.journal.nodes()
+    untouched = [node for node in nodes if _is_untouched(ledger, node)]
+    nodes = [node for node in nodes if node not in untouched]
     with index.changing() as changing:
         for (_, key), (parent, _) in ledger.hidden_at.items():
             changing.vanish(parent, names.to_bytes(key))
@@ -42,7 +46,16 @@ def go_on(ledger: Ledger, index: LiveIndex, clock: Clock, *, leases_tell: bool) 
         for node in nodes:
             if node.writers and leases_tell:
                 batch.set_writers(node, 0)
+        clean = {ledger.puts[node.ino] for node in untouched if node.ino in ledger.puts}
+        for node in untouched:
+            kept = node.attributes
+            with suppress(NoSuchPath):
+                if node.origin is not None and index.entry(node.ino).mtime_ns != node.origin.mtime_ns:
+                    kept = kept._replace(mtime_ns=node.origin.mtime_ns)
+            take_off(batch, node, ledger.ops[ledger.puts[node.ino]], kept)
         for op in ledger.ops.values():
+            if op.seq in clean:
+                continue
             # What nobody has open was landed for an open that may never come: no close makes it due.
             if not op.since and op.ino not in open_now:
                 batch.update_op(op._replace(since=clock.wall()))
@@ -78,7 +91,7 @@ def begin_anew(ledger: Ledger, index: LiveIndex, clock: Clock, roots: Sequence[i
             return at, names.shown(last)
 
         for node in nodes:
-            if node.orphan:
+            if node.orphan or _is_untouched(ledger, node):
                 continue
             if node.landing and node.landing not in there:
                 _log.info("%r was never synced before the power went: it is as it was before", node.key)
@@ -140,6 +153,8 @@ def _after_a_power_cut(
     left: list[Node] = []
     aside: dict[int, Node] = {}
     for node in nodes:
+        if _is_untouched(ledger, node):
+            continue
         if node.landing in there and node.kind is Kind.SYMLINK:
             ledger.landing.write(node.landing, node.attributes.target or b"")
         elif node.landing in there and not node.synced and not node.orphan:
@@ -156,3 +171,14 @@ def _after_a_power_cut(
             node = aside[node.ino] = node._replace(key=key, synced=True)
         left.append(node)
     return left, aside
+
+
+def _is_untouched(ledger: Ledger, node: Node) -> bool:
+    """Whether a file that was landed to be emptied never was: who should have is told of an error, or was
+    killed with the daemon that asked for it to come again."""
+    if not is_hollow(node) or node.origin is None or node.orphan:
+        return False
+    if node.landing not in ledger.landing.files():
+        return True
+    st = ledger.landing.stat(node.landing)
+    return (st.st_size, st.st_mtime_ns) == (0, node.origin.mtime_ns)

@@ -63,7 +63,8 @@ class Work(Protocol):
         """What the bucket has, where it is known to have `content` already."""
 
     def fetch(self, op: Op) -> Quiet:
-        """The bytes of the `origin` of a PUT. Raises SourceError, LandingError."""
+        """The bytes of the `origin` of a PUT. Raises SourceError, LandingError, Stopped where there are none
+        any more."""
 
     def metadata(self, op: Op) -> Mapping[str, str]:
         """What is sent beside the bytes of a PUT."""

@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from datacache.config.settings import Conflict
-from datacache.errors import LandingBroken, NoSuchPath, NotHere, Stopped
+from datacache.errors import LandingBroken, NoSuchPath, NotFound, NotHere, Stopped, VersionChanged
 from datacache.index import names
 from datacache.model import Entry, Kind
 from datacache.sources.sink import Stored
@@ -116,8 +116,15 @@ class Settling:
         try:
             info = op.origin
             entry = Entry(0, 0, b"", Kind.FILE, info.size, info.mtime_ns, op.mount, info.key, info.version)
-            if entry.size:
-                self._overlay.fill(number, entry)
+            try:
+                if entry.size:
+                    self._overlay.fill(number, entry)
+            except (NotFound, VersionChanged) as gone:
+                # Nobody has its bytes any more; what comes later need not wait for that.
+                where = f"{op.key!r}: it was renamed from {info.key!r}, which somebody else has changed"
+                self._ledger.parked[op.seq] = f"{where} or removed before the store had copied it"
+                _log.warning("%s or removed meanwhile; it is not uploaded", where)
+                raise Stopped(where) from gone
             quiet = self._ledger.landing.quiet(number)
             assert quiet is not None, "nobody else knows it"
             return quiet

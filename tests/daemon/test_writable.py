@@ -767,12 +767,63 @@ def test_a_refused_open_that_would_have_emptied_a_file_leaves_it_as_it_was(it: L
     with pytest.raises(Stale):
         it.files.open(it.node(name), os.O_WRONLY | os.O_TRUNC)
     it.mounted.place.clock.advance(PATIENCE + 1)
-    it.mounted.overlay.awaited.give_up()
+    it.mounted.overlay.awaited.look()
     assert it.content(name) == wanted
     it.mounted.drain()
     assert it.content(name) == wanted
     stored = it.mounted.in_bucket(name)
     assert stored is not None and stored.size == len(wanted)
+
+
+def test_a_daemon_that_dies_after_such_a_refusal_leaves_it_as_it_was(begin: Maker) -> None:
+    """Of a file that is only here, and of one that was landed to be emptied: the next daemon refuses nodes of
+    the one before."""
+    first = begin(passthrough=True)
+    _, opened = first.make("dirty")
+    first.files.write(opened.handle, 0, b"the only copy")
+    first.files.release(opened.handle)
+    wanted = first.content("old")
+    with pytest.raises(Stale):
+        first.files.open(first.node("old"), os.O_WRONLY | os.O_TRUNC)
+    known = {name: first.node(name) for name in ("dirty", "old")}
+    first.mounted.overlay.awaited._closed = lambda ino, file: file.close()  # as the kernel does
+    first.close()
+    it = begin(passthrough=True)
+    for node in known.values():
+        with pytest.raises(Stale):
+            it.files.open(node, os.O_WRONLY | os.O_TRUNC)
+    it.mounted.place.clock.advance(PATIENCE + 1)
+    it.mounted.overlay.awaited.look()
+    it.mounted.drain()
+    assert (it.content("dirty"), it.content("old")) == (b"the only copy", wanted)
+    assert not it.mounted.settling.ops()
+
+
+def test_who_comes_again_to_append_finds_the_bytes(it: Life) -> None:
+    """A program that is told ESTALE may try in another way."""
+    with pytest.raises(Stale):
+        it.files.open(it.node("old"), os.O_WRONLY | os.O_TRUNC)
+    wanted = OLD + b", and more"
+    node, opened = it.open("old", os.O_WRONLY | os.O_APPEND)
+    it.files.write(opened.handle, len(OLD), b", and more", node=node)
+    it.files.release(opened.handle)
+    assert it.content("old") == wanted
+
+
+def test_an_open_that_is_sent_again_is_counted_once(begin: Maker) -> None:
+    """The daemon before counted the writer, and died before it answered: nothing closes that one."""
+    first = begin(passthrough=False)
+    _, opened = first.make("f")
+    first.files.release(opened.handle)
+    first.files.open(first.node("f"), os.O_RDWR)
+    first.files.leave()
+    first.close()
+    it = begin(passthrough=False)
+    again = it.files.open(it.node("f"), os.O_RDWR, again=True)
+    it.files.release(again.handle)
+    assert not it.writers
+    it.mounted.drain()
+    assert it.mounted.in_bucket("f") is not None
 
 
 @pytest.mark.parametrize("uploaded", [False, True])
@@ -792,7 +843,7 @@ def test_who_never_comes_back_leaves_nothing_behind(it: Life) -> None:
     ino = nodes.path(it.node("old"))
     assert it.mounted.overlay.landed(ino)
     it.mounted.place.clock.advance(PATIENCE + 1)
-    it.mounted.overlay.awaited.give_up()
+    it.mounted.overlay.awaited.look()
     assert not it.mounted.overlay.landed(ino)
     assert not it.mounted.settling.ops()
     assert it.content("old") == OLD

@@ -306,6 +306,30 @@ def test_a_copy_is_the_file(it: Log) -> None:
     it.close(ino, file)
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_what_was_renamed_and_is_gone_holds_up_nobody(it: Log, logs: AnnouncedLogs, removed: bool) -> None:
+    """Somebody else has changed the object before the store had copied it: only a person can help."""
+    logs.expect("somebody else has changed or removed meanwhile; it is not uploaded")
+    logs.expect("so it is not deleted")
+    it.place.bucket.put("a", b"ours, and cached nowhere")
+    overlay = it.mounted.overlay
+    it.mounted.tree()
+    overlay.rename(*it.mounted.at("/a"), *it.mounted.at("/b"), replace=True)
+    if removed:
+        it.place.bucket.delete("a")
+    else:
+        it.place.bucket.put("a", b"theirs")
+    ino, file = it.open("/c")
+    it.close(ino, file)
+    overlay.rename(*it.mounted.at("/c"), *it.mounted.at("/d"), replace=True)
+    until(lambda: it.uploader.flush(timeout=0.0).stuck)
+    assert it.bucket == ({"d": b""} if removed else {"a": b"theirs", "d": b""})
+    (why,) = it.mounted.settling.parked().values()
+    assert "'b': it was renamed from 'a'" in why
+    overlay.unlink(*it.mounted.at("/b"))
+    until(lambda: bool(it.uploader.flush(timeout=0.0)))
+
+
 # ---- who waits for the bucket -----------------------------------------------------------------------
 
 
@@ -354,6 +378,18 @@ def test_of_two_who_close_at_once_both_wait(it: Log) -> None:
     assert it.bucket == {"a": b"onetwo"}
     it.close(ino, file)
     it.close(ino, other)
+
+
+def test_who_never_comes_closes_for_nobody(it: Log) -> None:
+    """A file that is kept open for who was refused is not one who closes it later, and waits then."""
+    ino, file = it.open("/a")
+    it.mounted.overlay.awaited.keep(ino, 1, it.mounted.overlay.open(ino, writing=True))
+    it.append(file, b"one")
+    it.mounted.overlay.closes.announce(ino, file)
+    it.early.store(ino, closing=True)
+    assert it.bucket == {"a": b"one"}
+    it.close(ino, file)
+    it.mounted.overlay.awaited.give_up()
 
 
 def test_a_close_does_not_wait_for_an_upload_that_its_own_open_has_stopped(it: Log) -> None:

@@ -103,16 +103,30 @@ def test_a_file_that_was_opened_and_not_written_keeps_its_time(
     assert bool(mounted.journal.has_attributes()) == ours
 
 
-def test_what_was_landed_for_an_open_that_never_came_is_sent_by_the_next_daemon(mounted: Mounted) -> None:
-    """Who opened it may have died with the daemon that emptied it: no close tells of it."""
+@pytest.mark.parametrize("emptied", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_file_that_was_landed_to_be_emptied_is_that_only_when_it_was(
+    mounted: Mounted, emptied: bool, resumed: bool
+) -> None:
+    """Who opened it may have died with the daemon: no close tells of it. Who was told of an error is not owed
+    an empty file."""
+    before = mounted.read("/a")
     ino = mounted.overlay.resolve("/a").ino
+    mounted.overlay.set_attributes(ino, mode=0o600, mtime_ns=12345)
     mounted.overlay.land(ino, truncate=True)
+    if emptied:
+        mounted.overlay.emptied(ino)
     mounted.close()
-    after = Mounted(mounted.place, resumed=True)
+    after = Mounted(mounted.place, resumed=resumed)
     try:
         after.drain()
-        assert after.read("/a") == b"" and not after.settling.ops()
-        assert after.place.bucket.stat("a").size == 0
+        assert after.read("/a") == (b"" if emptied else before)
+        assert not after.settling.ops() and not after.overlay.ledger.nodes
+        assert after.place.bucket.stat("a").size == len(after.read("/a"))
+        entry = after.overlay.resolve("/a")
+        if resumed:
+            assert after.overlay.attributes(entry).mode == 0o600
+            assert entry.mtime_ns == 12345
     finally:
         after.close()
 

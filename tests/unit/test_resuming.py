@@ -183,6 +183,27 @@ def test_what_takes_the_place_of_synced_bytes_is_synced(place: Place) -> None:
         second.close()
 
 
+@pytest.mark.parametrize("landed", [False, True])
+def test_nor_does_what_was_only_renamed_go(place: Place, landed: bool, logs: AnnouncedLogs) -> None:
+    """Its bytes are an object under the name that it had, which the bucket is owed to delete."""
+    first = Mounted(place)
+    assert first.tree() == {"/old": b"as it was"}
+    if landed:
+        begin(first, "/old", b"AS")
+    rename(first, "/old", "/new")
+    begin(first, "/beside", b"never synced by who wrote it")
+    rename(first, "/beside", "/new")
+    assert first.overlay.ledger.nodes[first.overlay.resolve("/new").ino].synced
+    first.overlay.sync_names()
+    first.close()
+    second = after_a_power_cut(place)
+    try:
+        second.drain()
+        assert second.tree() == {"/new": b"never synced by who wrote it"}
+    finally:
+        second.close()
+
+
 def test_parts_of_what_the_power_cut_took_are_let_go(place: Place) -> None:
     first = Mounted(place)
     first.write("/large", b"data")
