@@ -40,6 +40,8 @@ QUIET = 300.0
 """Seconds until a Dataset without workers is looked at again, should an event have been missed."""
 GOING = 2.0
 """Seconds until a deletion is looked at again."""
+LATE = 60.0
+"""Seconds that a pod may wait for the worker of its node before it is told why."""
 IDLE = 600.0
 """Seconds after which a node that nobody uses the Dataset on loses its worker (and keeps the copies)."""
 
@@ -50,7 +52,8 @@ class Reconciler:
     """Looks at Datasets. `nodes_of` says on which nodes pods use a claim.
 
     State, of each Dataset by one thread at a time: `_applied` is what was applied last to which version of an
-    object, `_idle` since when a node is not wanted."""
+    object, `_idle` since when a node is not wanted, `_late` since when pods wait for
+    a worker (None: they were told)."""
 
     def __init__(
         self, api: Api, release: Release, asking: Asking, *, clock: Clock,
@@ -60,6 +63,7 @@ class Reconciler:
         self._clock, self._nodes_of = clock, nodes_of
         self._applied: dict[Name, tuple[str, Object]] = {}
         self._idle: dict[tuple[str, str], float] = {}
+        self._late: dict[Key, dict[str, float | None]] = {}
 
     def look(self, key: Key) -> float | None:
         """Look at the Dataset; seconds until the next look, None when there is none any more. Raises
@@ -93,7 +97,8 @@ class Reconciler:
                 if not _final(error):
                     raise
                 failed = str(error)
-        figures, pods = self._figures(obj)
+        pods = self._asking.pods(obj["metadata"]["uid"])
+        figures = self._figures(obj, pods)
         labelled = self._labels(key, obj, spec, clean={each.node for each in figures if each.clean})
         seen = Observed(
             generation=obj["metadata"]["generation"],
@@ -107,6 +112,7 @@ class Reconciler:
             silent=tuple(sorted(labelled - {each.node for each in figures})),
         )
         self._tell(obj, seen)
+        self._warn_users(key, pods, set(seen.silent))
         return AGAIN if pods or labelled else QUIET
 
     def _make(self, spec: DatasetSpec, there: dict[Name, Object]) -> None:
@@ -231,13 +237,11 @@ class Reconciler:
             current=said.get("observedGeneration") == daemon_set["metadata"]["generation"],
         )
 
-    def _figures(self, obj: Object) -> tuple[list[Figures], int]:
-        """What the workers say, and how many pods of them there are. Who does not answer says nothing."""
-        uid = obj["metadata"]["uid"]
-        pods = self._asking.pods(uid)
-        workers = self._asking.reach(uid, pods) if pods else {}
+    def _figures(self, obj: Object, pods: list[Object]) -> list[Figures]:
+        """What the workers in `pods` say. Who does not answer says nothing."""
+        workers = self._asking.reach(obj["metadata"]["uid"], pods) if pods else {}
         said = self._asking.ask(workers, lambda node, worker: read_figures(node, worker.status()))
-        return list(said.values()), len(pods)
+        return list(said.values())
 
     # ---- telling ----------------------------------------------------------------------------------
 
@@ -250,11 +254,34 @@ class Reconciler:
             gone: Object = dict.fromkeys(before.keys() - after.keys())
             self._api.merge(name, {"status": gone | after}, part="status")
             for each in phase.news(before, after):
-                try:
-                    self._api.post(obj, *each, now=now)
-                except ClusterError as error:  # nobody depends on it
-                    _log.warning("%s: no event was posted (%s)", obj["metadata"]["name"], error)
+                self._post(obj, each)
         return after
+
+    def _post(self, obj: Object, news: phase.News) -> None:
+        try:
+            self._api.post(obj, *news, now=phase.rfc3339(self._clock.wall()))
+        except ClusterError as error:  # nobody depends on it
+            _log.warning("%s: no event was posted (%s)", obj["metadata"]["name"], error)
+
+    def _warn_users(self, key: Key, workers: list[Object], silent: set[str]) -> None:
+        """Tell the pods that have waited for a worker for too long, once each, why it does not come."""
+        late: dict[str, float | None] = {}
+        if silent:
+            known, now = self._late.get(key, {}), self._clock.monotonic()
+            for pod in self._api.list("v1", "Pod", namespace=key.namespace):
+                uid, node = pod["metadata"]["uid"], pod["spec"].get("nodeName")
+                if node not in silent or key.name not in claims_of(pod):
+                    continue
+                since = known.get(uid, now)
+                if since is not None and now - since >= LATE:
+                    why = (
+                        f"the worker of Dataset {key.name} on node {node} is not there: {_why(workers, node)}"
+                    )
+                    news = phase.News("Warning", "WorkerNotReady", why)
+                    self._post(pod | {"apiVersion": "v1", "kind": "Pod"}, news)
+                    since = None
+                late[uid] = since
+        self._late[key] = late
 
     # ---- deletion ---------------------------------------------------------------------------------
 
@@ -293,12 +320,13 @@ class Reconciler:
             self._api.finalizers(fresh, left)
         for name in self._names(key, metadata["uid"]):
             self._applied.pop(name, None)
+        self._late.pop(key, None)
         return None
 
     def _seen_going(self, key: Key, obj: Object, there: Mapping[Name, Object], *, claimed: bool) -> Observed:
         label = node_label(obj["metadata"]["uid"])
         labelled = {each["metadata"]["name"] for each in self._api.list("v1", "Node", labels=f"{label}=true")}
-        figures, _ = self._figures(obj)
+        figures = self._figures(obj, self._asking.pods(obj["metadata"]["uid"]))
         # Without the claim none can begin; but who took its protection away did not end those that run.
         users = [
             f"{key.namespace}/{pod['metadata']['name']}"
@@ -317,6 +345,35 @@ class Reconciler:
             accept_loss=(obj["metadata"].get("annotations") or {}).get(phase.ACCEPT_LOSS) == "true",
             released=phase.was_released(obj.get("status") or {}),
         )
+
+
+def _why(workers: list[Object], node: str) -> str:
+    """Why the worker of `node` does not answer, as its pod tells."""
+    for pod in workers:
+        if _node_of(pod) != node:
+            continue
+        status = pod.get("status") or {}
+        for condition in status.get("conditions") or ():
+            if condition["type"] == "PodScheduled" and condition["status"] == "False":
+                return str(condition.get("message") or condition.get("reason"))
+        for container in status.get("containerStatuses") or ():
+            waits = (container.get("state") or {}).get("waiting") or {}
+            if waits:
+                return " ".join(filter(None, (waits.get("reason"), waits.get("message"))))
+        return "its pod runs, and does not answer" if status.get("podIP") else "its pod starts"
+    return "it has no pod"
+
+
+def _node_of(pod: Mapping[str, Any]) -> str:
+    """The node that a pod of a DaemonSet is for, whether or not it was placed there."""
+    if node := pod["spec"].get("nodeName"):
+        return str(node)
+    affinity = (pod["spec"].get("affinity") or {}).get("nodeAffinity") or {}
+    required = affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}
+    for term in required.get("nodeSelectorTerms") or ():
+        for field in term.get("matchFields") or ():
+            return str(field["values"][0])
+    return ""
 
 
 def claims_of(pod: Mapping[str, Any]) -> set[str]:

@@ -20,7 +20,7 @@ from datacache.kube.controller import Controller
 from datacache.kube.loading import Loader
 from datacache.kube.manifests import CONFIG_ANNOTATION, node_label, objects
 from datacache.kube.phase import ACCEPT_LOSS
-from datacache.kube.reconciling import FINALIZER, IDLE, Reconciler
+from datacache.kube.reconciling import FINALIZER, IDLE, LATE, Reconciler
 from datacache.kube.release import Key, Name
 from datacache.kube.spec import read_dataset
 from tests.cluster.datasets import RELEASE, SECRET, CountingApi, Killed, Team, job_says, worker_says
@@ -345,6 +345,35 @@ def test_a_worker_that_does_not_come_up_is_seen_and_so_is_its_return(team: Team,
     looker.until(lambda: team.status()["phase"] == "Degraded", "a word for it")
     team.ready(obj, worker_says())
     looker.until(lambda: team.status()["phase"] == "Bound", "all to be well")
+
+
+def test_a_pod_that_waits_for_a_worker_is_told_why_once(team: Team, looker: Looker) -> None:
+    obj = team.dataset(worker={"resources": {"requests": {"cpu": "1000"}}})
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    team.pod()
+    looker.nodes = {team.node}
+    looker.until(lambda: _unplaced(team, obj), "the scheduler to find no room for the worker")
+
+    def told() -> list[str]:
+        found = team.api.list("v1", "Event", namespace=team.namespace)
+        return [each["message"] for each in found if each["reason"] == "WorkerNotReady"]
+
+    looker.clock.advance(LATE - 1)
+    looker.look()
+    assert told() == []
+    looker.clock.advance(1)
+    looker.look()
+    (said,) = told()
+    assert said.startswith(f"the worker of Dataset data on node {team.node} is not there: 0/")
+    assert "Insufficient cpu" in said
+    looker.clock.advance(LATE)
+    looker.look()
+    assert len(told()) == 1
+
+
+def _unplaced(team: Team, obj: dict) -> bool:
+    conditions = [c for each in team.workers(obj) for c in each["status"].get("conditions", ())]
+    return any(each["type"] == "PodScheduled" and each["status"] == "False" for each in conditions)
 
 
 # ---- deletion ------------------------------------------------------------------------------------
