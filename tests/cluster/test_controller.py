@@ -611,6 +611,44 @@ def test_a_load_writes_nothing_while_nothing_changes(team: Team, looker: Looker)
     assert looker.api.writes == []
 
 
+def test_a_load_may_be_killed_at_any_write(team: Team, looker: Looker) -> None:
+    """It comes to the same end; a job that was begun and not written down is begun again."""
+    obj = team.dataset()
+    looker.nodes = {team.node}
+    looker.look()
+    team.ready(obj, worker_says())
+    for at in range(20):
+        name = f"load-{at}"
+        team.load(name, nodes=[team.node], target=[{"path": "/a"}, {"path": "/b"}], ttlSecondsAfterFinished=0)
+        team.asked.clear()
+        looker.begin_again()
+        looker.api.dies_at = at
+        died = False
+        try:
+            _load_life(team, looker, name)
+        except Killed:
+            died = True
+            looker.begin_again()
+            _load_life(team, looker, name)
+        assert {path for path, *_ in team.asked} == {"/a", "/b"}
+        if not died:
+            assert at >= 5, "each of its writes was one that it died before"
+            return
+    raise AssertionError("a life has more writes than that?")
+
+
+def _load_life(team: Team, looker: Looker, name: str) -> None:
+    """Until it has gone: it is done, and its time is over at once."""
+
+    def over() -> bool:
+        looker.loader.look(Key(team.namespace, name))
+        for job in team.jobs:
+            team.jobs[job] = job_says("done", done=4)
+        return team.loading(name) is None
+
+    wait_until(over, "the load to end, and to go")
+
+
 # ---- the process ---------------------------------------------------------------------------------
 
 
