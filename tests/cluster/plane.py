@@ -129,13 +129,14 @@ def wait_until(true: Callable[[], object], what: str, *, patience: float = PATIE
 
 
 @contextlib.contextmanager
-def control_plane(directory: Path) -> Iterator[ControlPlane]:
-    """One below `directory`, for as long as the context lasts. Raises PlaneFailed."""
+def control_plane(directory: Path, *, audited: str = "") -> Iterator[ControlPlane]:
+    """One below `directory`, for as long as the context lasts. Every request of the user `audited` is noted
+    in its audit.log. Raises PlaneFailed."""
     with contextlib.ExitStack() as running:
         for attempt in range(1, _TRIES + 1):
             at = directory / f"try-{attempt}" if attempt > 1 else directory
             try:
-                plane = running.enter_context(_started(at))
+                plane = running.enter_context(_started(at, audited))
                 break
             except _PortTaken:
                 if attempt == _TRIES:
@@ -144,7 +145,7 @@ def control_plane(directory: Path) -> Iterator[ControlPlane]:
 
 
 @contextlib.contextmanager
-def _started(directory: Path) -> Iterator[ControlPlane]:
+def _started(directory: Path, audited: str) -> Iterator[ControlPlane]:
     port, etcd, peer, kcm, scheduler = _free_ports(5)
     plane = ControlPlane(directory, port)
     pki = directory / "pki"
@@ -172,7 +173,7 @@ def _started(directory: Path) -> Iterator[ControlPlane]:
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--kubelet-client-certificate={pki}/kubelet-client.crt",
             f"--kubelet-client-key={pki}/kubelet-client.key",
-            "--kubelet-preferred-address-types=InternalIP",
+            "--kubelet-preferred-address-types=InternalIP", *_audit(directory, audited),
         )  # fmt: skip
         # It takes connections long before it answers them: no look may last, or a death goes unseen.
         _wait(lambda: plane.ask("/readyz", patience=2) == (200, "ok"), server, [store, server])
@@ -197,6 +198,19 @@ def _identity(pki: Path, user: str) -> list[str]:
     return [
         f"--{what}kubeconfig={pki}/{user}.kubeconfig" for what in ("", "authentication-", "authorization-")
     ]
+
+
+def _audit(directory: Path, user: str) -> list[str]:
+    if not user:
+        return []
+    policy = {
+        "apiVersion": "audit.k8s.io/v1",
+        "kind": "Policy",
+        "omitStages": ["RequestReceived"],
+        "rules": [{"level": "Metadata", "users": [user]}, {"level": "None"}],
+    }
+    (directory / "audit.yaml").write_text(json.dumps(policy))
+    return [f"--audit-policy-file={directory}/audit.yaml", f"--audit-log-path={directory}/audit.log"]
 
 
 # ---- processes -----------------------------------------------------------------------------------

@@ -1,0 +1,268 @@
+"""
+The chart on an API server of its own: what helm renders, installs, upgrades and leaves, and what the
+controller may do by it.
+
+The rights are held against what a controller really asks for: it runs with the chart's ServiceAccount, and
+the API server's audit log says each request. No right is missing, and none is idle.
+"""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datacache.cli.controller import read_release
+from datacache.cli.main import command_parser
+from datacache.kube.api import configuration
+from datacache.kube.controller import Controller
+from datacache.kube.manifests import Name
+from datacache.kube.release import Release
+from tests.cluster.binaries import NotBuilt
+from tests.cluster.datasets import RELEASE, Team, job_says, worker_says
+from tests.cluster.plane import ControlPlane, control_plane, wait_until
+
+CHART = Path(__file__).parents[2] / "charts/datacache"
+IMAGE = ("--set=image.repository=local.test/datacache", "--set-string=image.tag=1")
+SPACE = RELEASE.namespace
+ACCOUNT = f"system:serviceaccount:{SPACE}:datacache-controller"
+INSTALLED = "serviceaccounts,deployments,roles,rolebindings,clusterroles,clusterrolebindings,priorityclasses"
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A control plane on which nothing is yet."""
+    try:
+        with control_plane(tmp_path_factory.mktemp("chart"), audited=ACCOUNT) as running:
+            yield running
+    except NotBuilt as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def installed(own: ControlPlane) -> ControlPlane:
+    own.helm("install", "datacache", str(CHART), "-n", SPACE, "--create-namespace", *IMAGE)
+    wait_until(lambda: own.ask("/apis/datacache.io/v1alpha1/datasets")[0] == 200, "the kinds to be served")
+    return own
+
+
+# ---- what helm says of it ------------------------------------------------------------------------
+
+
+def test_helm_finds_nothing_to_say(own: ControlPlane) -> None:
+    said = own.helm("lint", "--strict", str(CHART), *IMAGE).out
+    assert "1 chart(s) linted, 0 chart(s) failed" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--set=image.repsitory=x"], "at '/image': additional properties 'repsitory' not allowed"),
+        (["--set=tiers.roots={relative}"], "at '/tiers/roots/0': 'relative' does not match pattern"),
+        (["--set=image.pullPolicy=Sometimes"], "at '/image/pullPolicy': value must be one of 'Always'"),
+        (["--set=controller.replicas=two"], "at '/controller/replicas': got string, want integer"),
+        (["--set=tiers.defaultQuota=lots"], "at '/tiers/defaultQuota': 'lots' does not match pattern"),
+        (
+            ["--set=worker.priorityClass.name=system-node-critical"],
+            "at '/worker/priorityClass/name': 'not' fai",
+        ),
+        ([], "image.repository: '' will not do; expected the image of controller and workers, such as"),
+    ],
+)
+def test_values_that_will_not_do_are_refused(own: ControlPlane, given: list[str], said: str) -> None:
+    done = own.helm("template", "datacache", str(CHART), *given, check=False)
+    assert done.code != 0 and said in done.err
+
+
+def test_each_value_is_explained_where_it_stands() -> None:
+    """A comment above it, or above the group that it is in."""
+    lines = (CHART / "values.yaml").read_text().splitlines()
+    for number, line in enumerate(lines):
+        if line.strip() and not line.lstrip().startswith("#") and not line.startswith("    "):
+            above = next(each for each in reversed(lines[:number]) if each.strip() or number == 0)
+            group = line.endswith(":")
+            plain = line.strip().partition(":")[0] in ("resources", "nodeSelector", "tolerations", "affinity")
+            assert group or plain or above.lstrip().startswith("#"), f"nothing explains {line.strip()!r}"
+
+
+def test_all_that_it_renders_is_taken_by_a_strict_api(installed: ControlPlane) -> None:
+    more = ["--set=image.pullSecrets={regcred}", "--set=controller.nodeSelector.pool=system",
+            "--set=controller.tolerations[0].operator=Exists", "--set=controller.replicas=2"]  # fmt: skip
+    rendered = installed.helm("template", "datacache", str(CHART), "-n", SPACE, *IMAGE, *more).out
+    said = installed.kubectl(
+        "apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-f", "-",
+        given=rendered,
+    )  # fmt: skip
+    assert said.out.count("serverside-applied (server dry run)") == rendered.count("\nkind: ") == 11
+    assert "Warning" not in said.err
+
+
+def test_its_flags_are_those_of_the_controller(installed: ControlPlane) -> None:
+    assert _release(installed) == Release(
+        namespace=SPACE, image="local.test/datacache:1", priority_class="datacache-worker"
+    )
+
+
+def _release(plane: ControlPlane) -> Release:
+    """What the controller of the Deployment would read."""
+    pod = plane.get("deployment", "datacache-controller", "-n", SPACE)["spec"]["template"]["spec"]
+    program, command, *flags = pod["containers"][0]["command"]
+    assert program == "datacache"
+    return read_release(command_parser(command).parse_args(flags))
+
+
+# ---- rights --------------------------------------------------------------------------------------
+
+
+def test_the_controller_may_do_what_it_does_and_nothing_else(installed: ControlPlane) -> None:
+    team = Team(installed)
+    config = configuration(str(_kubeconfig_of(installed, "datacache-controller")))
+    stop = threading.Event()
+    controller = Controller(config, _release(installed), me="chart", connect=team.connect)
+    thread = threading.Thread(target=controller.run, args=(stop,))
+    thread.start()
+    try:
+        _whole_life(team)
+    finally:
+        stop.set()
+        thread.join()
+        team.close()
+    asked = _asked(installed)
+    refused = {each for each, code in asked.items() if code == 403}
+    assert not refused, f"the chart gives no right to {refused}"
+    rules = installed.get("clusterrole", "datacache-controller")["rules"]
+    everywhere = _granted(rules)
+    here = _granted(installed.get("role", "datacache-controller", "-n", SPACE)["rules"])
+    used = {(where == SPACE, right) for where, right in asked}
+    assert everywhere - {right for ours, right in used if not ours} == set(), "idle rights in the cluster"
+    assert here - {right for ours, right in used if ours} == set(), "idle rights in the namespace"
+
+
+def _whole_life(team: Team) -> None:
+    """All that a controller does: a Dataset with keys, a pod, a worker, a load with an end, and the end."""
+    obj = team.dataset()
+    wait_until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    pod = team.pod()
+    team.ready(obj, worker_says(cached=1))
+    team.load(nodes=[team.node], ttlSecondsAfterFinished=0)
+    wait_until(lambda: team.jobs, "the load to begin")
+    team.jobs["job0"] = job_says("done", done=4)
+    wait_until(lambda: team.loading() is None, "the load to go")
+    team.end(pod)
+    team.delete()
+
+    def ended() -> bool:
+        for worker in team.workers(obj):
+            team.end(Name("v1", "Pod", SPACE, worker["metadata"]["name"]))
+        return team.see() is None
+
+    wait_until(ended, "the Dataset to go")
+
+
+def _kubeconfig_of(plane: ControlPlane, account: str) -> Path:
+    token = plane.kubectl("create", "token", account, "-n", SPACE).out.strip()
+    config = json.loads(plane.kubeconfig.read_text())
+    config["users"] = [{"name": "u", "user": {"token": token}}]
+    path = plane.directory / f"{account}.kubeconfig"
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(config))
+    return path
+
+
+Right = tuple[str, str, str]
+
+
+def _granted(rules: list[dict[str, Any]]) -> set[Right]:
+    """Group, resource and verb of each right."""
+    return {
+        (group, resource, verb)
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def _asked(plane: ControlPlane) -> dict[tuple[str, Right], int]:
+    """What the controller has asked for, by namespace, with the answer's code; a refusal stays."""
+    found: dict[tuple[str, Right], int] = {}
+    for line in (plane.directory / "audit.log").read_text().splitlines():
+        event = json.loads(line)
+        if not (of := event.get("objectRef")) or event["user"]["username"] != ACCOUNT:
+            continue
+        resource = "/".join(filter(None, (of["resource"], of.get("subresource"))))
+        code = event["responseStatus"]["code"]
+        where, group = of.get("namespace", ""), of.get("apiGroup", "")
+        # An apply of what there was not is a patch that also takes the right to create.
+        verbs = [event["verb"], "create"] if event["verb"] == "patch" and code == 201 else [event["verb"]]
+        for verb in verbs:
+            key = (where, (group, resource, verb))
+            found[key] = 403 if found.get(key) == 403 else code
+    return found
+
+
+@pytest.mark.parametrize(
+    ("verb", "what"),
+    [
+        ("list", "secrets"), ("watch", "secrets"), ("create", "secrets"), ("update", "datasets"),
+        ("create", "datasets"), ("delete", "datasets"), ("create", "pods"), ("create", "pods/exec"),
+        ("get", "pods/log"), ("delete", "pods"), ("delete", "nodes"), ("get", "nodes/proxy"),
+        ("create", "daemonsets"), ("escalate", "clusterroles"), ("bind", "clusterroles"),
+        ("impersonate", "serviceaccounts"), ("create", "serviceaccounts/token"), ("create", "namespaces"),
+    ],
+)  # fmt: skip
+def test_what_a_controller_may_not(installed: ControlPlane, verb: str, what: str) -> None:
+    resource, _, part = what.partition("/")
+    asked = ["auth", "can-i", verb, resource, f"--subresource={part}", "-n", "default", f"--as={ACCOUNT}"]
+    assert installed.kubectl(*asked, check=False).out.strip() == "no"
+
+
+def test_workers_may_nothing(installed: ControlPlane) -> None:
+    worker = f"--as=system:serviceaccount:{SPACE}:datacache-worker"
+    for verb, what in (("get", "secrets"), ("list", "pods"), ("get", "datasets"), ("get", "configmaps")):
+        said = installed.kubectl("auth", "can-i", verb, what, "-n", SPACE, worker, check=False).out.strip()
+        assert said == "no", f"{verb} {what}"
+    account = installed.get("serviceaccount", "datacache-worker", "-n", SPACE)
+    assert account["automountServiceAccountToken"] is False
+
+
+# ---- install, upgrade, uninstall -----------------------------------------------------------------
+
+
+def test_an_upgrade_reaches_the_kinds_and_an_uninstall_leaves_datasets(
+    installed: ControlPlane, tmp_path: Path
+) -> None:
+    plane = installed
+    plane.helm("uninstall", "datacache", "-n", SPACE, "--wait")
+    shutil.copytree(CHART, tmp_path / "before")
+    crd = tmp_path / "before/files/crds/datasets.yaml"
+    crd.write_text(crd.read_text().replace("Whom files and directories belong to", "The owner"))
+    (tmp_path / "before/Chart.yaml").write_text(
+        (CHART / "Chart.yaml").read_text().replace("version: 0.1.0\n", "version: 0.0.9\n")
+    )
+    release = ["datacache", "-n", SPACE, *IMAGE]
+    plane.helm("install", *release, str(tmp_path / "before"))  # the kinds of before are there still
+    explained = ["explain", "dataset.spec.owner"]
+    wait_until(lambda: "The owner" in plane.kubectl(*explained).out, "the older kinds")
+    team = Team(plane)
+    try:
+        team.dataset()
+        plane.helm("upgrade", *release, str(CHART))
+        wait_until(lambda: "Whom files and" in plane.kubectl(*explained).out, "the kinds of now")
+        plane.helm("uninstall", "datacache", "-n", SPACE, "--wait")
+        ours = ["-l", "app.kubernetes.io/instance=datacache", "-A", "-o", "name"]
+        assert plane.kubectl("get", INSTALLED, *ours).out == ""
+        assert team.see() is not None, "Datasets stay, as does their kind"
+    finally:
+        team.close()
+
+
+def test_the_kinds_alone(own: ControlPlane) -> None:
+    rendered = own.helm("template", "datacache", str(CHART), "--set=controller.enabled=false").out
+    assert rendered.count("\nkind: ") == rendered.count("\nkind: CustomResourceDefinition") == 3
+    assert rendered.count("helm.sh/resource-policy: keep") == 3
+    nothing = own.helm("template", "x", str(CHART), "--set=controller.enabled=false,crds.install=false").out
+    assert nothing.strip() == ""
