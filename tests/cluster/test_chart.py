@@ -45,7 +45,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
 @pytest.fixture(scope="module")
 def installed(own: ControlPlane) -> ControlPlane:
     own.helm("install", "datacache", str(CHART), "-n", SPACE, "--create-namespace", *IMAGE)
-    wait_until(lambda: own.ask("/apis/datacache.io/v1alpha1/datasets")[0] == 200, "the kinds to be served")
+    kinds = [f"/apis/datacache.io/v1alpha1/{kind}" for kind in ("datasets", "dataloads")]
+    wait_until(lambda: all(own.ask(kind)[0] == 200 for kind in kinds), "the kinds to be served")
     return own
 
 

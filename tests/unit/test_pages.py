@@ -22,7 +22,7 @@ from datacache.sources.memory import MemorySource
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = {"--one-file-system", "--device", "--cap-add", "--unix-socket", "--server-side"}
+OTHERS = {"--one-file-system", "--device", "--cap-add", "--unix-socket", "--server-side", "--set"}
 """Flags on our pages that are other programs'."""
 
 
