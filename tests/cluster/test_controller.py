@@ -1,7 +1,6 @@
 """A Dataset on a real API server, controller manager and scheduler: what becomes of it, and what is left."""
 
 import json
-import re
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ from tests.cluster.datasets import RELEASE, SECRET, CountingApi, Killed, Team, j
 from tests.cluster.plane import PATIENCE, ControlPlane, wait_until
 from tests.conftest import AnnouncedLogs
 
-ROOT = Path(__file__).parents[2]
-CRDS = ROOT / "charts/datacache/files/crds"
+CHART = Path(__file__).parents[2] / "charts/datacache"
+CRDS = CHART / "files/crds"
 GiB = 1 << 30
 
 
@@ -674,22 +673,19 @@ class Running:
 
 @pytest.fixture
 def confined(installed: ControlPlane) -> client.Configuration:
-    """Somebody who has the rights that docs/controller.md lists, and no others."""
+    """Somebody who has the rights that the chart gives, and no others."""
     account, space = "datacache-controller", RELEASE.namespace
-    rights = re.search(r"```yaml\n(apiVersion: rbac.*?)```", (ROOT / "docs/controller.md").read_text(), re.S)[
-        1
+    rights = [
+        "template",
+        "datacache",
+        str(CHART),
+        "-n",
+        space,
+        "-s",
+        "templates/rights.yaml",
+        "--set=image.repository=x",
     ]
-    installed.kubectl("apply", "-f", "-", given=rights)
-    for kind, where in (("clusterrole", ()), ("role", ("-n", space))):
-        given = installed.kubectl(
-            "create", f"{kind}binding", account, f"--{kind}={account}", *where, "-o", "yaml",
-            f"--serviceaccount={space}:{account}", "--dry-run=client",
-        ).out  # fmt: skip
-        installed.kubectl("apply", "-f", "-", given=given)
-    made = installed.kubectl(
-        "create", "-n", space, "serviceaccount", account, "-o", "yaml", "--dry-run=client"
-    )
-    installed.kubectl("apply", "-f", "-", given=made.out)
+    installed.kubectl("apply", "-f", "-", given=installed.helm(*rights).out)
     found = configuration(str(installed.kubeconfig))
     token = installed.kubectl("create", "-n", space, "token", account).out.strip()
     found.api_key["BearerToken"] = f"Bearer {token}"
