@@ -10,13 +10,17 @@ from tests.cluster.binaries import NotBuilt
 from tests.cluster.plane import ControlPlane, control_plane
 
 _HERE = Path(__file__).parent
+# kopf closes its watches over TLS and does not wait until the API server has agreed, which a busy machine
+# makes visible. The connections end with the event loop.
+_LATE = [f"ignore:unclosed {what}:ResourceWarning" for what in ("transport", "<socket")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_HERE):
             item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.timeout(600))  # its first test starts the control plane
+            item.add_marker(pytest.mark.timeout(600))  # the first test starts the control plane
+            item.add_marker(pytest.mark.filterwarnings(*_LATE))
 
 
 @pytest.fixture(scope="session")
