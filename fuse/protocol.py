@@ -1298,6 +1298,12 @@ def encode_open_out(fh: int, flags: int = 0, backing_id: int = 0) -> bytes:
     return _OPEN_OUT.pack(fh, flags, backing_id)
 
 
+def handle_of(answer: Buffer) -> int:
+    """The handle that an answer to OPEN, OPENDIR or CREATE gives: an `OpenOut` ends it."""
+    handle, *_ = _OPEN_OUT.unpack(bytes(answer)[-_OPEN_OUT.size :])
+    return int(handle)
+
+
 def decode_open_out(buffer: Buffer) -> OpenOut:
     """The inverse of `encode_open_out`."""
     return OpenOut._make(_unpacked("an open_out", _OPEN_OUT, buffer))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_OPENS = frozenset((Opcode.OPEN, Opcode.CREATE, Opcode.OPENDIR))
 _GONE = frozenset((errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN))
 """What reading or writing the device says when the mount is gone."""
 
@@ -235,10 +236,21 @@ class Session:
         try:
             os.writev(self._descriptor, answer)
         except OSError as error:
-            # ENOENT: whoever asked was killed, or it was sent again and answered by another.
-            if error.errno not in _GONE and error.errno != errno.ENOENT:
+            # Whoever asked was killed, or it was sent again and answered by another.
+            if error.errno == errno.ENOENT:
+                self._unheard(opcode, answer)
+            elif error.errno not in _GONE:
                 log.error("answering %s failed: %s", protocol.opcode_name(opcode), error)
                 self._owe(answer)
+
+    def _unheard(self, opcode: int, answer: Sequence[Buffer]) -> None:
+        """Nobody knows what was opened for this answer, so nobody closes it."""
+        if opcode in _OPENS and len(answer) > 1:
+            handle = protocol.handle_of(answer[-1])
+            try:
+                (self.files.releasedir if opcode == Opcode.OPENDIR else self.files.release)(handle)
+            except Exception:
+                log.exception("what nobody waits for could not be closed")
 
     def _answer(self, request: memoryview) -> Answer:
         """What to write for a request. Never raises."""

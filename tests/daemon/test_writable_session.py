@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -195,6 +195,32 @@ def test_open_for_writing(it: Kernel) -> None:
     assert reader.backing_id == opened.backing_id
     for fh in (opened.fh, reader.fh):
         it.data(Opcode.RELEASE, ReleaseIn(fh, 0, 0, 0), node=node)
+
+
+@pytest.mark.parametrize("opcode", [Opcode.OPEN, Opcode.CREATE, Opcode.OPENDIR])
+def test_what_was_opened_for_who_was_killed_is_closed(
+    it: Kernel, opcode: Opcode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel takes no answer for it, and knows of no handle that it could close."""
+    send, refused = os.writev, []
+
+    def writev(descriptor: int, parts: Sequence[protocol.Buffer]) -> int:
+        if refused:
+            return send(descriptor, parts)
+        refused.append(parts)
+        raise FileNotFoundError(errno.ENOENT, "the request was aborted")
+
+    node = it.lookup(b"old").node
+    monkeypatch.setattr(os, "writev", writev)
+    body, at = {
+        Opcode.OPEN: (OpenIn(os.O_RDONLY, 0), node),
+        Opcode.CREATE: (CreateIn(os.O_RDWR | os.O_CREAT, 0o100640, 0o22, 0, b"new"), ROOT),
+        Opcode.OPENDIR: (OpenIn(0, 0), ROOT),
+    }[opcode]
+    it.end.send(protocol.encode_request(opcode, body, unique=next(it.uniques), node=at, uid=5, gid=6))
+    until(lambda: bool(refused))
+    until(lambda: not it.files.stats()["open_files"] and not it.files.stats()["open_directories"])
+    assert not it.mounted.settling.dirty().open
 
 
 def test_setattr(it: Kernel) -> None:
