@@ -30,6 +30,17 @@ _PAUSE = "local.test/pause:1"
 _ADDRESS = "10.99.0.1"
 _SOCKET = "/run/containerd/containerd.sock"
 _STOPPING = 20.0
+_SYSCTLS = [
+    Path("/proc/sys") / name
+    for name in (
+        "vm/overcommit_memory",
+        "kernel/panic",
+        "kernel/panic_on_oops",
+        "kernel/keys/root_maxkeys",
+        "kernel/keys/root_maxbytes",
+    )
+]
+"""What a kubelet sets for the whole machine."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,8 @@ def node(plane: ControlPlane, directory: Path, name: str = "node1") -> Iterator[
     with contextlib.ExitStack() as held:
         lock = held.enter_context((cache() / "node.lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for sysctl in _SYSCTLS:
+            held.callback(sysctl.write_text, sysctl.read_text())
         _ip("addr", "add", f"{_ADDRESS}/32", "dev", "lo")
         held.callback(_ip, "addr", "del", f"{_ADDRESS}/32", "dev", "lo")
         held.callback(_remove_cgroups)

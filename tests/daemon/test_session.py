@@ -621,7 +621,7 @@ def test_a_thread_that_cannot_be_had_costs_no_answer(make: Maker, logs: Announce
     """At a cgroup's pids.max, say: those that there are answer everything, and it is said once."""
     logs.expect("threads can be had")
     it = make(max_threads=5)
-    before = threading.stack_size(1 << 46)  # more than the address space has
+    before = threading.stack_size(1 << 47)  # more than the address space has, whatever is overcommitted
     try:
         for _ in range(5):
             it.data(Opcode.STATFS, EmptyIn())
