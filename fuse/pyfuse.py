@@ -372,9 +372,14 @@ class Mount:
         which takes the mount out of the name space; files that are open are served for GRACE seconds
         more, or until the next signal. What `started` raises ends the serving and is raised.
         """
-        trio.run(self._serve, started, detach, restrict_keyboard_interrupt_to_checkpoints=True)
+        # What came before trio listens, and after it has. Trio gives a late one back to the handler from
+        # before, in the middle of its own work, where nothing may be raised.
+        early: list[int] = []
+        for number in _SIGNALS:
+            signal.signal(number, lambda number, frame: early.append(number))
+        trio.run(self._serve, started, detach, early, restrict_keyboard_interrupt_to_checkpoints=True)
 
-    async def _serve(self, started: Callable[[], None], detach: Callable[[], None]) -> None:
+    async def _serve(self, started: Callable[[], None], detach: Callable[[], None], early: list[int]) -> None:
         failure: list[Exception] = []
 
         async def announce(nursery: trio.Nursery) -> None:
@@ -387,9 +392,8 @@ class Mount:
 
         async def obey(nursery: trio.Nursery) -> None:
             with trio.open_signal_receiver(*_SIGNALS) as signals:
-                async for number in signals:
-                    log.info("%s: unmounting", signal.Signals(number).name)
-                    break
+                number = early[0] if early else await signals.__anext__()
+                log.info("%s: unmounting", signal.Signals(number).name)
                 await trio.to_thread.run_sync(detach)
                 with trio.move_on_after(GRACE):
                     await signals.__anext__()
