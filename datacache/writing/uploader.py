@@ -654,9 +654,12 @@ class Uploader:
 
     def _is_stuck(self, flush: _Flush) -> bool:
         """Whether only a person can help: what is left waits for one, or for what does."""
-        if not self._plan.parked or self._closed:
-            return False
-        return not any(seq in self._running or self._plan.may(seq) for seq in flush.urgent)
+        if not self._plan.parked or self._closed or self._dirty or self._changing:
+            return False  # or what was just done may have set others free
+        last = max(flush.urgent)
+        if any(seq <= last for seq in self._running):
+            return False  # it may be in the way of others, and done, and nobody has noted that yet
+        return not any(self._plan.may(seq) for seq in flush.urgent)
 
     def _hurry(self, flush: _Flush, wanted: set[int], urgent: set[int]) -> None:
         """Have somebody wait for `wanted`, and `urgent` go first."""
