@@ -163,6 +163,7 @@ class TestLinuxMounter(MounterContract):
         assert made.mounter.at(str(staging)) is None
         assert not os.path.exists(f"/proc/{daemon}") or _is_zombie(daemon)
 
+    @pytest.mark.long
     def test_a_mount_that_hangs_and_is_in_use_goes_too(
         self, made: Made, staging: Path, tmp_path: Path, logs: AnnouncedLogs
     ) -> None:
