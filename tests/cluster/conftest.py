@@ -8,6 +8,7 @@ import pytest
 
 from tests.cluster.binaries import NotBuilt
 from tests.cluster.plane import ControlPlane, control_plane
+from tests.support.short import tmp_path as tmp_path
 
 _HERE = Path(__file__).parent
 # kopf closes its watches over TLS and does not wait until the API server has agreed, which a busy machine
