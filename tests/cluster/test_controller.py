@@ -772,6 +772,8 @@ def test_the_command_acts_and_ends_when_it_is_told_to(
         process.kill()
         process.wait()
     said = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert [each["message"] for each in said if each["level"] in ("warning", "error")] == []
+    loud = [each["message"] for each in said if each["level"] in ("warning", "error")]
+    # The API server sends who asks for a kind that is brand-new away for a second.
+    assert [message for message in loud if not message.startswith("Request attempt #1/")] == []
     assert team.status()["phase"] == "Bound"
     assert team.api.get(LEASE)["spec"]["holderIdentity"] == ""
