@@ -12,14 +12,14 @@ import sys
 from collections.abc import Collection
 from typing import Any, TextIO
 
-# `token-file` is where tokens lie, and no secret: an error has to name it.
+# `token-file` is where tokens lie, and no secret: an error has to name it; a slip in it, too.
 _SECRET = re.compile(
     r"""(?ix)
     (?P<name> secret[\w-]* | password | passwd | token(?!-file)[\w-]* | [\w-]*_token | signature
       | x-amz-security-token | x-amz-signature | authorization | sas | sig | account_?key
       | shared_?access_?key )
     (?P<sep> ["']?\s*[:=>]\s*["']? )
-    (?P<value> (?:bearer\s+|basic\s+|aws4-hmac-sha256\s+)? [^\s"'&,;}<]+ )
+    (?P<value> (?!unknown\ flag;) (?:bearer\s+|basic\s+|aws4-hmac-sha256\s+)? [^\s"'&,;}<]+ )
     """
 )
 _USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^/\s@:]+:[^/\s@]+@")

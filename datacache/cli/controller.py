@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Have the Datasets of a cluster be what they should be: workers, volumes, status."
     parser.epilog = EXAMPLES
     add = parser.add_argument
-    add("--namespace", required=True, metavar="NAME", help="where workers run: the release's namespace")
-    add("--image", required=True, metavar="IMAGE", help="of the workers")
+    add("--namespace", default="", metavar="NAME", help="where workers run: the release's namespace")
+    add("--image", default="", metavar="IMAGE", help="of the workers")
     add("--pull-policy", default=plain.pull_policy, choices=("Always", "IfNotPresent", "Never"),
         help=f"of that image; default {plain.pull_policy}")  # fmt: skip
     add(
