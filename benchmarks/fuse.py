@@ -125,6 +125,9 @@ def prepared(system: System) -> Iterator[Ours]:
 
 COLD_PAIRS = 3
 """Pairs of each cold measurement in a round."""
+CROWD = 4
+"""Readers at once, of the row that has several."""
+_CROWDED = f"small files, first epoch of {CROWD} readers"
 
 
 class Run:
@@ -279,6 +282,21 @@ def epochs(run: Run, data: Path, system: System, seed: int) -> None:
             run.note(f"{row}, requests/file", system.name, (system.requests() - asked) / len(keys))
 
 
+def crowded_epoch(run: Run, data: Path, system: System, seed: int) -> None:
+    """A first epoch of CROWD readers at once, after a fresh mount and a listing: what several processes are
+    for. With one reader they only take turns at being woken."""
+    keys = shuffled(small_files(run.scale), seed)
+    mine = [f"{system.mount}/{key}" for key in keys]
+    run.ask("list", sorted({os.path.dirname(path) for path in mine}))
+    pids = system.pids()
+    before = processor_time(pids)
+    found = run.ask("read", mine, CROWD)
+    cpu = processor_time(pids).since(before)
+    run.note(f"{_CROWDED}, files/s", system.name, found["operations"] / found["seconds"])
+    for kind, seconds in (("user", cpu.user), ("system", cpu.system)):
+        run.note(f"{_CROWDED}, daemon {kind} CPU, µs/file", system.name, seconds * 1e6 / len(keys))
+
+
 def undisturbed_epochs(run: Run, data: Path, system: System, seed: int) -> None:
     """Both epochs in a fresh mount; again when somebody emptied the machine's caches meanwhile, which are
     what a second epoch is read from."""
@@ -286,6 +304,9 @@ def undisturbed_epochs(run: Run, data: Path, system: System, seed: int) -> None:
         before, dropped = copy.deepcopy(run.rows), times_dropped()
         with up(system):
             epochs(run, data, system, seed)
+        if system.name in ("pagecache", "2 processes"):
+            with up(system):
+                crowded_epoch(run, data, system, seed)
         if times_dropped() == dropped or not left:
             return
         run.console.print("  another program emptied the page cache: once more")
@@ -362,7 +383,7 @@ def _times_pyfuse3(system: str) -> Bar:
 
 
 def _processes(run: Run) -> float:
-    row = "small files, first epoch, daemon {} CPU, µs/file"
+    row = _CROWDED + ", daemon {} CPU, µs/file"
     one, two = (
         sum(run.median(row.format(kind), system) for kind in ("user", "system"))
         for system in ("pagecache", "2 processes")
@@ -392,7 +413,7 @@ BARS = [
     Bar("small files, first epoch, requests/file", "passthrough", 2.0, False),
     Bar("small files, first epoch, daemon user CPU, µs/file", "pagecache", 60.0, False),
     Bar("small files, first epoch, daemon user CPU, µs/file", "passthrough", 60.0, False),
-    Bar("small files, first epoch, CPU, times one process's", "2 processes", 1.15, False, _processes),
+    Bar(f"{_CROWDED}, CPU, times one process's", "2 processes", 1.15, False, _processes),
     Bar("find, first, entries/s", "pagecache", 50_000, True),
     *(
         bar

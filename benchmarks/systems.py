@@ -82,7 +82,11 @@ class Server:
 
     def close(self) -> None:
         self._process.terminate()
-        self._process.wait(10)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:  # it waits for connections that clients have left open
+            self._process.kill()
+            self._process.wait()
 
 
 class Cpu(NamedTuple):
