@@ -249,11 +249,12 @@ class TookTooLong(VolumeError):
 
 
 class ClusterError(DatacacheError):
-    """The API of Kubernetes refuses, or does not answer. `status` is HTTP's, 0 where nothing was answered."""
+    """The API of Kubernetes refuses, or does not answer. `status` is HTTP's, 0 where nothing was answered;
+    `about` the name of the object that it is about, where the API says one."""
 
-    def __init__(self, message: str, *, status: int = 0) -> None:
+    def __init__(self, message: str, *, status: int = 0, about: str = "") -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.about = status, about
 
 
 class Conflicting(ClusterError):

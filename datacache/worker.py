@@ -319,6 +319,10 @@ class Worker:
             pins.difference_update(copies)
         return len(copies)
 
+    def lease(self, tier: str, room: int, *, entries: int = 0, ttl: float) -> tuple[int, int]:
+        limit = self.cache.tier(tier).lease(room, entries, ttl)
+        return limit.bytes, limit.entries
+
     def flush(self, path: str, *, timeout: float) -> dict[str, Any]:
         if self.writing is None:
             raise ControlError(

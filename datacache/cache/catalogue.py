@@ -235,10 +235,13 @@ class Catalogue:
         found = self._ask(f"{_ROWS} WHERE digest >= ? {upper}", low, *values)
         return [_row(values) for values in found]
 
-    def totals(self) -> tuple[int, int]:
-        """Number of entries, and the bytes that they use."""
-        (found,) = self._ask("SELECT count(*), coalesce(sum(used), 0) FROM entries INDEXED BY age")
-        return found[0], found[1]
+    def totals(self) -> tuple[int, int, int]:
+        """Number of entries, the bytes that they use, and of these those of pinned ones."""
+        (found,) = self._ask(
+            "SELECT count(*), coalesce(sum(used), 0), coalesce(sum(used * pinned), 0)"
+            " FROM entries INDEXED BY age"
+        )
+        return found[0], found[1], found[2]
 
     def candidates(self, limit: int) -> list[list[Candidate]]:
         """For eviction, in groups of at most `limit`: superseded entries, and of each data set what was

@@ -15,8 +15,10 @@ import sqlite3
 import threading
 from collections.abc import Collection, Iterator, Sequence
 
+from datacache.cache import limits
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, read_owner
+from datacache.cache.policy import Limit
 from datacache.cache.store import Entry, Rules, Store
 from datacache.cache.tier import Block, EntryStats, Standing, TierStats
 from datacache.clock import Clock, boot_id
@@ -46,15 +48,18 @@ class DirectoryTier:
         disk: Disk | None = None,
         boot: str | None = None,
         keeper: bool = True,
+        mount_point: str = "",
     ) -> None:
         """Own the directory. Raises Locked, and OSError where it cannot be made or written. A medium that is
         full or fails at this moment is set aside, as it would be later: reads go on without it.
 
-        `boot` names this boot of the machine; without `keeper` nobody but the caller calls `upkeep`.
+        `boot` names this boot of the machine; without `keeper` nobody but the caller calls `upkeep`. Where
+        there is a `mount_point`, a tmpfs is to be mounted on it, large enough for the quota: while none is,
+        the tier is set aside.
         """
         self.name, self.path, self.rules = rules.name, path, rules
         self._owner, self._clock, self._disk = owner, clock, disk or Disk()
-        self._boot = boot or boot_id()
+        self._boot, self._mount_point = boot or boot_id(), mount_point
         # Guards the next three. Invariant: `_store` is None exactly while the tier is set aside or
         # closed, and no other store of ours is alive then, but for one that is waiting to be dropped
         # by the next `upkeep` (in `_failed`).
@@ -62,19 +67,24 @@ class DirectoryTier:
         self._store: Store | None = None
         self._failed: Store | None = None
         self._reason = ""
+        # What the node's plugin lends us, and until when by the clock; guarded by the lock, too.
+        self._lease: tuple[Limit, float] | None = None
         # These belong to whoever holds `_keeping`: the keeper, mostly.
         self._keeping = threading.Lock()
         self._retry_at = 0.0
         self._start_over = False
-        self._last = (0, 0, "", 0, 0)
+        self._last = (0, 0, "", 0, 0, 0)
         try:
             self._store = self._open_store()
         except (OSError, sqlite3.Error) as error:
             if not _passes(error):
                 raise
-            self._reason, self._retry_at = _cause(error), clock.monotonic() + RETRY_EVERY
-            log.warning("cache tier %s is set aside: %s. It is tried again", self.name, self._reason)
-        self._device = os.stat(path).st_dev
+            self._reason, self._retry_at = _cause(error), clock.monotonic() + self._retry_every
+            if not isinstance(error, _NotMounted):
+                log.warning("cache tier %s is set aside: %s. It is tried again", self.name, self._reason)
+            else:
+                log.info("cache tier %s waits: %s", self.name, self._reason)
+        self._device = os.stat(limits.existing(path)).st_dev
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
         if keeper:
@@ -191,11 +201,12 @@ class DirectoryTier:
 
     def stats(self) -> tuple[TierStats, ...]:
         with self._lock:
-            store, reason = self._store, self._reason
-        used, count, full, evicted, damaged = store.figures() if store is not None else self._last
+            store, reason, limit = self._store, self._reason, self._limit()
+        used, count, full, evicted, damaged, pinned = store.figures() if store is not None else self._last
         state = "broken" if store is None else "full" if full else "ok"
-        figures = (state, reason if store is None else full, evicted, damaged)
-        return (TierStats(self.name, self.rules.quota, used, count, *figures),)
+        figures = (state, reason if store is None else full, evicted, damaged, pinned)
+        lease, entries = (limit.bytes, limit.entries) if limit.leased else (None, None)
+        return (TierStats(self.name, self.rules.quota, used, count, *figures, lease, entries),)
 
     def close(self) -> None:
         self._stop.set()
@@ -260,6 +271,25 @@ class DirectoryTier:
                 self.trouble(store, error)
         return 0
 
+    def lease(self, room: int, entries: int, ttl: float) -> Limit:
+        """Take `room` bytes at most, and `entries` entries (0: any number), for `ttl` seconds from now: after
+        that it is the quota again, which a lease never exceeds. What there is beyond goes soon, by policy,
+        and whatever the policy what was opened longest ago; what is pinned or in use stays. What holds
+        now."""
+        with self._lock:
+            limit = Limit(min(room, self.rules.quota), entries, leased=True)
+            self._lease = (limit, self._clock.monotonic() + ttl)
+            store = self._store
+        if store is not None:
+            store.limit(limit)
+        return limit
+
+    def _limit(self) -> Limit:
+        """What it may take now."""
+        if self._lease is not None and self._clock.monotonic() < self._lease[1]:
+            return self._lease[0]
+        return Limit(self.rules.quota)
+
     def standing(self, key: CacheKey) -> Standing | None:
         """What decides when the entry goes; None where there is none."""
         store = self._store
@@ -298,7 +328,14 @@ class DirectoryTier:
 
     # ---- health ---------------------------------------------------------------------------------
 
+    @property
+    def _retry_every(self) -> float:
+        """To look into the table of mounts costs nothing."""
+        return 1.0 if self._mount_point else RETRY_EVERY
+
     def _open_store(self) -> Store:
+        if self._mount_point:
+            self._check_mount()
         return Store(
             self.path,
             self.rules,
@@ -307,6 +344,7 @@ class DirectoryTier:
             disk=self._disk,
             boot=self._boot,
             fresh=self._start_over,
+            limit=self._limit(),
         )
 
     def trouble(self, store: Store | None, error: Exception | None) -> CacheError:
@@ -339,12 +377,15 @@ class DirectoryTier:
         with self._keeping:
             store = self._store
             if store is not None:
+                with self._lock:
+                    limit = self._limit()  # a lease may have ended, or come while the store was opened
+                store.limit(limit)
                 try:
                     store.upkeep()
                 except (OSError, sqlite3.Error) as error:
                     self.trouble(store, error)
             elif not self._stop.is_set() and self._clock.monotonic() >= self._retry_at:
-                self._retry_at = self._clock.monotonic() + RETRY_EVERY
+                self._retry_at = self._clock.monotonic() + self._retry_every
                 self._revive()
 
     def _revive(self) -> None:
@@ -372,11 +413,25 @@ class DirectoryTier:
     def _check_device(self) -> None:
         """Raise OSError when the directory's file system is not mounted any more: what is there now
         is the mount point, on a file system that nobody gave us."""
+        if self._mount_point:
+            return  # another tmpfs will do as well: see `_check_mount`
         path = self.path
         while not os.path.lexists(path):
             path = os.path.dirname(path)
         if os.stat(path).st_dev != self._device:
             raise OSError(errno.ENODEV, "another file system is there now", self.path)
+
+    def _check_mount(self) -> None:
+        """Raise OSError unless a tmpfs is there, and no smaller than the quota: what the directory lies on
+        without it is not ours to fill."""
+        size = limits.own_tmpfs(self._mount_point)
+        if size is None:
+            why = "no tmpfs of its own is mounted there yet, which is for the node's plugin to do"
+        elif size < self.rules.quota:
+            why = f"the tmpfs there has {format_size(size)}, and the quota is {format_size(self.rules.quota)}"
+        else:
+            return
+        raise _NotMounted(errno.ENODEV, why, self._mount_point)
 
     def _keep(self) -> None:
         while not self._stop.wait(_PACE):
@@ -397,6 +452,10 @@ class DirectoryTier:
                     self.trouble(store, error)
                     return None
             return file.held
+
+
+class _NotMounted(OSError):
+    """What the tier is to lie on is not there."""
 
 
 class DirectoryFile:
@@ -533,7 +592,7 @@ class TakenFile:
 def _passes(error: OSError | sqlite3.Error) -> bool:
     """Whether what was in the way may be gone the next time: no room, or an error of the medium."""
     if isinstance(error, OSError):
-        return error.errno in (*_FULL, errno.EIO)
+        return isinstance(error, _NotMounted) or error.errno in (*_FULL, errno.EIO)
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 

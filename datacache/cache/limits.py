@@ -5,6 +5,7 @@ Files of the kernel are read below roots that tests can replace.
 """
 
 import os
+import re
 
 _UNLIMITED = 1 << 60
 """cgroup v1 says "no limit" as a number near 2**63."""
@@ -20,6 +21,33 @@ def is_tmpfs(path: str, *, proc: str = "/proc") -> bool:
             if fields.split()[2] == number:
                 return rest.split()[0] in ("tmpfs", "ramfs")
     return False
+
+
+def own_tmpfs(path: str, *, proc: str = "/proc") -> int | None:
+    """Bytes of the tmpfs that is mounted on `path`; None where none is, or a part of one that lies elsewhere.
+
+    A directory of /dev/shm that a container was given is a mount point, too, and in memory: but what is
+    mounted there is not a tmpfs's root.
+    """
+    found, place = "", os.path.realpath(path)
+    with open(f"{proc}/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields, _, rest = line.partition(" - ")
+            _, _, _, root, point = fields.split()[:5]
+            if _unescaped(point) == place:  # the last one is on top
+                found = root if rest.split()[0] == "tmpfs" else ""
+    return file_system_size(path) if found == "/" else None
+
+
+def mount_points(*, proc: str = "/proc") -> list[str]:
+    """All directories on which something is mounted, in this process's name space."""
+    with open(f"{proc}/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return [_unescaped(line.split()[4]) for line in file]
+
+
+def _unescaped(text: str) -> str:
+    """A path as the kernel's table of mounts writes it: blanks and backslashes in octal."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def existing(path: str) -> str:

@@ -25,6 +25,16 @@ class Space(NamedTuple):
     inodes_free: int
 
 
+class Limit(NamedTuple):
+    """What a tier may take now."""
+
+    bytes: int
+    entries: int = 0
+    """0: as many as there is room for."""
+    leased: bool = False
+    """Whether the node's plugin says so, and not the tier's own quota."""
+
+
 class Candidate(NamedTuple):
     """A cache entry, as far as its fate is concerned."""
 
@@ -69,15 +79,20 @@ def pages(start: int, stop: int) -> int:
     return -(-stop // PAGE) * PAGE - start // PAGE * PAGE if stop > start else 0
 
 
-def shortage(wanted: int, *, inodes: int, used: int, quota: int, space: Space, reserve: float) -> Shortage:
+def shortage(
+    wanted: int, *, inodes: int, used: int, entries: int, limit: Limit, space: Space, reserve: float
+) -> Shortage:  # fmt: skip
     """What is missing to admit `wanted` bytes and `inodes` new files.
 
-    A tier stays within its quota and leaves `reserve` of its file system's bytes and inodes free;
-    both are a tier that is full, not one that is broken.
+    A tier stays within its quota, or its lease, and leaves `reserve` of its file system's bytes and
+    inodes free; both are a tier that is full, not one that is broken.
     """
-    over = used + wanted - quota
+    over = used + wanted - limit.bytes
     if over > 0:
-        return Shortage(over, f"{format_size(used)} of its quota of {format_size(quota)} are in use")
+        what = "its lease" if limit.leased else "its quota"
+        return Shortage(over, f"{format_size(used)} of {what} of {format_size(limit.bytes)} are in use")
+    if limit.entries and inodes and entries + inodes > limit.entries:
+        return Shortage(PAGE, f"{entries} of its lease of {limit.entries} files are there")
     over = int(space.total * reserve) + wanted - space.free
     if over > 0 and wanted:
         left = f"{format_size(max(0, space.free))} of {format_size(space.total)}"
@@ -124,9 +139,11 @@ def rank(entry: Candidate, stance: Stance) -> Rank | None:
     return Rank.OWN if stance.policy is Policy.LRU and entry.priority == stance.priority else None
 
 
-def victims(entries: Iterable[Candidate], stance: Stance, *, over_by: int) -> list[Candidate]:
-    """The entries to give up to free at least `over_by` bytes: by class, within a class the data set
-    of the lowest priority first, and in it what was opened longest ago.
+def victims(
+    entries: Iterable[Candidate], stance: Stance, *, over_by: int, count: int = 0
+) -> list[Candidate]:  # fmt: skip
+    """The entries to give up to free at least `over_by` bytes, and at least `count` of them: by class,
+    within a class the data set of the lowest priority first, and in it what was opened longest ago.
 
     Frees less than asked when nothing else may go; the caller then refuses to admit.
     """
@@ -138,7 +155,7 @@ def victims(entries: Iterable[Candidate], stance: Stance, *, over_by: int) -> li
     ranked.sort()
     found: list[Candidate] = []
     for *_, entry in ranked:
-        if over_by <= 0:
+        if over_by <= 0 and len(found) >= count:
             break
         found.append(entry)
         over_by -= entry.used

@@ -44,7 +44,7 @@ from datacache.cache import catalogue as db
 from datacache.cache.catalogue import Catalogue, Held, Row, checksum
 from datacache.cache.disk import Disk, Handle
 from datacache.cache.owner import MANAGED, Owner, take_lock
-from datacache.cache.policy import Shortage, Stance, excess, pages, rank, shortage, victims
+from datacache.cache.policy import Limit, Shortage, Stance, excess, pages, rank, shortage, victims
 from datacache.cache.tier import Block, Standing
 from datacache.clock import Clock
 from datacache.config.settings import Policy
@@ -71,6 +71,9 @@ _REFUSALS = 8
 """Times that victims are chosen anew because somebody reads those that were chosen."""
 _LINGERING = 1000
 """Files in `gone/` that one round of upkeep asks about; 15 us each."""
+_PINS = 30.0
+"""Seconds for which the sum of what is pinned is believed, while there is any: to add up a million takes 50
+ms."""
 _NO_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
 """What file systems (NFS, CephFS) say that cannot tell who reads a file."""
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOENT)
@@ -172,9 +175,10 @@ class Store:
         disk: Disk,
         boot: str,
         fresh: bool = False,
+        limit: Limit | None = None,
     ) -> None:
-        """Own the directory and open what is in it; `fresh`: begin with nothing. Raises Locked,
-        OSError, sqlite3.Error."""
+        """Own the directory and open what is in it; `fresh`: begin with nothing. `limit`: what it may take,
+        where that is not its quota. Raises Locked, OSError, sqlite3.Error."""
         self.rules, self.path = rules, path
         self.dead = False
         """Set, once, by the tier when this store has failed: its entries have nothing any more."""
@@ -188,7 +192,7 @@ class Store:
         try:
             self.catalogue = self._open_catalogue(managed, boot, fresh=fresh)
             self._dataset = self.catalogue.dataset(rules.dataset, rules.priority) if rules.dataset else 0
-            entries, used = self.catalogue.totals()
+            entries, used, pinned = self.catalogue.totals()
         except BaseException:
             self._owned.close()
             raise
@@ -198,12 +202,16 @@ class Store:
         self._evicting = threading.Lock()
         # Guards all below and the entries. `_changed` says that a claim has ended.
         # Invariants: `_used` = used bytes of all rows + reservations of fills under way + used bytes
-        # of entries that are gone but open + `_lingering`; it never exceeds the quota because of a fill.
+        # of entries that are gone but open + `_lingering`; it never exceeds the limit because of a fill.
         # `_entries` holds exactly the entries with users that are not gone.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._entries: dict[bytes, Entry] = {}
         self._count, self._used = entries, used
+        self._limit = limit or Limit(rules.quota)
+        # What is pinned, and when that is to be added up anew: after a pin, and now and then while there are
+        # any.
+        self._pinned, self._pins_until = pinned, float("-inf") if pinned else float("inf")
         self._first_id = self._next_id = db.new_ids()
         self._space, self._measured, self._taken, self._taken_inodes = disk.space(self._at.fd), -1e18, 0, 0
         # Promised to fills under way: their file system may not know of it yet.
@@ -227,7 +235,7 @@ class Store:
         self._survey: Iterator[int] | None = None if self.catalogue.clean else self._look_around()
 
     def __repr__(self) -> str:
-        return f"<Store {self.path} {self._count} entries, {self._used} of {self.rules.quota} bytes>"
+        return f"<Store {self.path} {self._count} entries, {self._used} of {self._limit.bytes} bytes>"
 
     # ---- opening and closing --------------------------------------------------------------------
 
@@ -544,6 +552,8 @@ class Store:
                     entry.pinned = entry.pinned if pinned is None else pinned
                     entry.superseded = entry.superseded if superseded is None else superseded
                 self._barren_until = -1e18
+                if pinned is not None:
+                    self._pins_until = float("-inf")
             row = self.catalogue.find(digest)
             if row is not None:
                 self.catalogue.mark(row.id, pinned=pinned, superseded=superseded)
@@ -562,16 +572,24 @@ class Store:
                 return
             with self._lock:
                 self._opened.pop(row.id, None)
+                if standing.pinned:
+                    self._pins_until = float("-inf")
                 entry = self._entries.get(digest)
                 if entry is not None:
                     entry.pinned |= standing.pinned
                     entry.superseded |= standing.superseded
             self.catalogue.adopt(row.id, standing)
 
-    def figures(self) -> tuple[int, int, str, int, int]:
-        """Bytes used, entries, why it is full, entries evicted and blocks found damaged."""
+    def figures(self) -> tuple[int, int, str, int, int, int]:
+        """Bytes used, entries, why it is full, entries evicted, blocks found damaged and bytes pinned."""
         with self._lock:
-            return self._used, self._count, self._full, self._evicted, self._damaged
+            return self._used, self._count, self._full, self._evicted, self._damaged, self._pinned
+
+    def limit(self, limit: Limit) -> None:
+        """Take that much from now on. What there is beyond goes in the next round of upkeep."""
+        with self._lock:
+            if limit != self._limit:
+                self._limit, self._full, self._barren_until = limit, "", -1e18
 
     # ---- reading --------------------------------------------------------------------------------
 
@@ -1023,11 +1041,11 @@ class Store:
                 free=self._space.free - self._taken + wanted - new,
                 inodes_free=self._space.inodes_free - self._taken_inodes,
             )
-            rules = self.rules
             short = shortage(
-                wanted, inodes=inodes, used=self._used, quota=rules.quota, space=space, reserve=rules.reserve
-            )
-            if not short.over_by or self._used + wanted > rules.quota:
+                wanted, inodes=inodes, used=self._used, entries=self._count + self._making,
+                limit=self._limit, space=space, reserve=self.rules.reserve,
+            )  # fmt: skip
+            if not short.over_by or self._used + wanted > self._limit.bytes:
                 break
         return short
 
@@ -1046,34 +1064,36 @@ class Store:
                 short = self._shortage(wanted, inodes, new)
             if not short.over_by:  # somebody else has made room
                 return True
-            freed = self._evict(short.over_by, self.rules.policy)
+            freed = self._evict(short.over_by, self.rules.policy)[0]
             with self._lock:
                 self._measured = -1e18
                 if not freed:
                     self._barren_until = self._clock.monotonic() + _BARREN
             return bool(freed)
 
-    def _evict(self, over_by: int, policy: Policy) -> int:
-        """Give up entries by policy; the bytes that this freed. Under `_evicting`."""
-        freed = 0
+    def _evict(self, over_by: int, policy: Policy, count: int = 0) -> tuple[int, int]:
+        """Give up entries by policy, `over_by` bytes and `count` of them; the bytes that this freed, and how
+        many went. Under `_evicting`."""
+        freed = gone = 0
         for _ in range(_REFUSALS):
             with self._lock:
                 refused = len(self._read_elsewhere)
-            for digest in self.choose(over_by - freed, policy):
-                freed += self.evict(digest, idle=True)[1]
+            for digest in self.choose(over_by - freed, policy, count - gone):
+                used = self.evict(digest, idle=True)[1]
+                freed, gone = freed + used, gone + bool(used)
             with self._lock:
-                if freed >= over_by or len(self._read_elsewhere) <= refused:
+                if (freed >= over_by and gone >= count) or len(self._read_elsewhere) <= refused:
                     break
-        return freed
+        return freed, gone
 
     def make_room(self, over_by: int) -> int:
         """Give up entries by policy, for somebody else who needs the disk; the bytes that this freed."""
         with self._evicting:
-            return self._evict(over_by, self.rules.policy)
+            return self._evict(over_by, self.rules.policy)[0]
 
-    def choose(self, over_by: int, policy: Policy) -> list[bytes]:
-        """Digests of entries that should go to free `over_by` bytes; not all of them where it takes
-        very many."""
+    def choose(self, over_by: int, policy: Policy, count: int = 0) -> list[bytes]:
+        """Digests of entries that should go to free `over_by` bytes, `count` of them at least; not all of
+        them where it takes very many."""
         self.flush()
         rules, limit = self.rules, 64
         active = frozenset({rules.dataset})
@@ -1083,13 +1103,14 @@ class Store:
             with self._lock:
                 in_use = self._read_elsewhere.union(self._entries)
             groups = [[c._replace(in_use=c.digest in in_use) for c in g] for g in groups]
-            chosen = victims((c for group in groups for c in group), stance, over_by=over_by)
+            chosen = victims((c for group in groups for c in group), stance, over_by=over_by, count=count)
             # In a group what comes later is no more eligible than what came before.
             more = any(
                 len(group) == limit and rank(group[-1]._replace(in_use=False), stance) is not None
                 for group in groups
             )
-            if not more or limit >= _CHOICE or sum(c.used for c in chosen) >= over_by:
+            enough = sum(c.used for c in chosen) >= over_by and len(chosen) >= count
+            if not more or limit >= _CHOICE or enough:
                 return [c.digest for c in chosen]
             limit *= 8
 
@@ -1198,15 +1219,8 @@ class Store:
                 self._read_elsewhere.clear()
                 self._barren_until = -1e18
         self._look_after()
-        with self._lock:
-            used, rules = self._used, self.rules
-        over = excess(used=used, quota=rules.quota, high=rules.high, low=rules.low, policy=rules.policy)
-        if over:
-            # A quota that was made smaller holds for what the policy would keep, too.
-            policy = Policy.LRU if used > rules.quota else rules.policy
-            with self._evicting:
-                while over > 0 and (freed := self._evict(over, policy)):
-                    over -= freed
+        self._keep_to_limit()
+        self._sum_pins()
         if self._survey is not None:
             seen = 0
             for count in self._survey:
@@ -1223,6 +1237,33 @@ class Store:
             self.catalogue.checkpoint()
         elif self.catalogue.journal_size() > _JOURNAL:
             self.catalogue.checkpoint()
+
+    def _keep_to_limit(self) -> None:
+        with self._lock:
+            used, limit, rules = self._used, self._limit, self.rules
+            many = max(0, self._count - limit.entries) if limit.entries else 0
+        over = excess(used=used, quota=limit.bytes, high=rules.high, low=rules.low, policy=rules.policy)
+        if over or many:
+            # A limit that was made smaller holds for what the policy would keep, too.
+            policy = Policy.LRU if many or used > limit.bytes else rules.policy
+            with self._evicting:
+                while over > 0 or many > 0:
+                    freed, gone = self._evict(max(0, over), policy, max(0, many))
+                    over, many = over - freed, many - gone
+                    if not gone:
+                        break
+
+    def _sum_pins(self) -> None:
+        now = self._clock.monotonic()
+        with self._lock:
+            if now < self._pins_until:
+                return
+            self._pins_until = now + _PINS
+        pinned = self.catalogue.totals()[2]
+        with self._lock:
+            self._pinned = pinned
+            if not pinned and self._pins_until > float("-inf"):
+                self._pins_until = float("inf")
 
     @property
     def surveyed(self) -> bool:

@@ -32,6 +32,12 @@ class TierStats:
     """Entries evicted since start."""
     damaged: int = 0
     """Blocks that did not match their checksum since start."""
+    pinned: int = 0
+    """Of `used`: bytes of pinned entries, as of some seconds ago."""
+    lease: int | None = None
+    """Bytes that it may take now, at most `quota`: what the node's plugin lends it; None: nobody does."""
+    lease_entries: int | None = None
+    """Entries that it may have by that; 0: as many as there is room for."""
 
 
 @dataclass(frozen=True)

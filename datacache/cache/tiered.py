@@ -18,7 +18,7 @@ from typing import Protocol
 
 from datacache.cache import limits
 from datacache.cache.directory import DirectoryTier, Owner, Rules
-from datacache.cache.policy import pages
+from datacache.cache.policy import Limit, pages
 from datacache.cache.tier import Block, CachedFile, EntryStats, Lent, Standing, Taking, Tier, TierStats
 from datacache.cache.verify import Progress, VerifyReport, verify_tier
 from datacache.clock import Clock
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 _MOST_MOVED = 64 * MiB
 """Bytes moved down at most for one fill; beyond, the fill goes down itself."""
+_OWN_RESERVE = 0.02
+"""Fraction of a tmpfs of its own that a tier leaves free: there is nobody else to leave room for, but the
+catalogue (200 bytes an entry, and its journal) lies there, too."""
 
 
 class Leaf(Tier, Protocol):
@@ -50,6 +53,10 @@ class Leaf(Tier, Protocol):
 
     def make_room(self, device: int, over_by: int) -> int:
         """Give up entries by policy where they lie on the file system `device`; the bytes that this freed."""
+
+    def lease(self, room: int, entries: int, ttl: float) -> Limit:
+        """Take that many bytes and entries (0: any number) at most, and never more than its quota, for `ttl`
+        seconds; what holds now."""
 
     def standing(self, key: CacheKey) -> Standing | None:
         """What decides when the entry goes; None where there is none."""
@@ -373,13 +380,14 @@ def _open_tier(
     last: bool,
 ) -> DirectoryTier:
     _check(tier)
+    own = os.path.dirname(tier.path) if tier.mounted else ""
     rules = Rules(
         name=f"{tier.medium}:{tier.path}",
         quota=tier.quota,
         block_size=block_size,
         high=tier.high,
         low=tier.low,
-        reserve=settings.reserve,
+        reserve=min(settings.reserve, _OWN_RESERVE) if own else settings.reserve,
         # Above the last tier, full means that data goes down, not away.
         policy=settings.policy if last else Policy.KEEP,
         expire=settings.expire,
@@ -388,7 +396,7 @@ def _open_tier(
         volatile=tier.medium is Medium.MEM,
     )
     try:
-        return DirectoryTier(tier.path, rules, owner=owner, clock=clock)
+        return DirectoryTier(tier.path, rules, owner=owner, clock=clock, mount_point=own)
     except OSError as error:
         raise _wrong(tier, f"a directory that can be made and written ({error.strerror})") from error
 
@@ -402,12 +410,14 @@ def _check(tier: TierSettings) -> None:
         raise _wrong(tier, f"watermarks with 0 < low <= high <= 1 (low={tier.low}, high={tier.high})")
     if tier.medium is not Medium.MEM:
         return
-    where = limits.existing(tier.path)
-    if not limits.is_tmpfs(tier.path):
-        raise _wrong(tier, f"a path in a tmpfs, such as /dev/shm ({where} is none); or ssd: for a disk")
-    size, memory = limits.file_system_size(tier.path), limits.memory_limit()
-    if tier.quota > size:
-        raise _wrong(tier, f"a quota of at most {format_size(size)}, the size of the tmpfs at {where}")
+    memory = limits.memory_limit()
+    if not tier.mounted:  # else that is seen when it is
+        where = limits.existing(tier.path)
+        if not limits.is_tmpfs(tier.path):
+            raise _wrong(tier, f"a path in a tmpfs, such as /dev/shm ({where} is none); or ssd: for a disk")
+        size = limits.file_system_size(tier.path)
+        if tier.quota > size:
+            raise _wrong(tier, f"a quota of at most {format_size(size)}, the size of the tmpfs at {where}")
     if memory is not None and tier.quota > memory:
         raise _wrong(tier, f"a quota below {format_size(memory)}, the memory limit of this control group")
 

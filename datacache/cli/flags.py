@@ -124,6 +124,8 @@ WRITING = (
 )  # fmt: skip
 DAEMON = (
     Flag("metrics", "HOST:PORT", "serve Prometheus metrics there; default: not at all"),
+    Flag("object", "NAMESPACE/NAME", "the Dataset object that a worker serves: it says so, and where its "
+         "directories are, to the node's plugin, in a file in --state; default: none"),
     Flag("listen", "HOST:PORT", "answer a controller there: health, metrics, status, load jobs, drain "
          "(docs/api.md); default: not at all"),
     Flag("token-file", "FILE", "... if it shows one of the tokens in FILE, one a line; needed unless HOST is "

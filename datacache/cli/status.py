@@ -134,6 +134,8 @@ def describe(status: Mapping[str, Any]) -> list[str]:
         )  # fmt: skip
         if tier.get("reason"):
             reasons.append(f"{tier['name']}: {tier['reason']}")
+        if tier.get("lease") is not None:
+            reasons.append(f"{tier['name']}: the node lends it {format_size(tier['lease'])} of its quota")
     lines += [f"  {line}" for line in [*columns(rows, right=range(2, 8)), *reasons]]
     lines += [f"  {line}" for line in _written(status.get("writing", {}))]
     for name, value in status.items():

@@ -96,10 +96,11 @@ def _check(settings: "Settings") -> None:
 def serve(settings: "Settings", *, patience: float) -> None:
     """Serve until a signal comes; then drain for `patience` seconds at most."""
     from datacache.cli.mount import tell_systemd
-    from datacache.cluster import registry
+    from datacache.cluster import premises, registry
     from datacache.cluster.server import ControlServer
     from datacache.worker import Worker
 
+    premises.write(settings)  # first: a tier may wait for what the node's plugin mounts by it
     with ExitStack() as built:
         # A mount may go on while its worker is started anew, and have named versions to its kernel.
         worker = built.enter_context(Worker(settings, resumed=True))

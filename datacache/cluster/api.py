@@ -27,12 +27,15 @@ from datacache.errors import (
     SourceError,
     TierFull,
 )
+from datacache.model import TiB
 from datacache.reading.job import LoadRequest, LoadStatus
 
 WAIT = 10.0
 """Seconds that one `flush` or `drain` waits at most: who wants to wait longer asks again."""
 PAGE = 10_000
 """Entries of one `list` at most."""
+LEASE = 3600.0
+"""Seconds for which a lease is given at most: who gives them renews them, or is gone."""
 
 STATUS: tuple[tuple[type[DatacacheError], int], ...] = (
     (SettingError, 400),
@@ -162,6 +165,7 @@ _STATUS_ANSWER = {
             "items": _object(
                 name=_TEXT, quota=_NUMBER, used=_NUMBER, entries=_NUMBER,
                 state={"enum": ["ok", "full", "broken"]}, reason=_TEXT, evicted=_NUMBER, damaged=_NUMBER,
+                pinned=_NUMBER, lease=_schema(int | None), lease_entries=_schema(int | None),
             ),
         },
         reads=_ANY,
@@ -199,6 +203,11 @@ CALLS: tuple[Call, ...] = (
          _object(files=_NUMBER, bytes=_NUMBER), {**_PATH, "dry_run": Argument(bool)}),
     Call("POST", "/v1/pin", "Keep the copies of all files below a path from eviction, or no longer.",
          _object(files=_NUMBER), {**_PATH, "pinned": Argument(bool, needed=True)}),
+    Call("POST", "/v1/lease", "Let a tier take less than its quota, for a while.",
+         _object(room=_NUMBER, entries=_NUMBER),
+         {"tier": Argument(str, needed=True), "room": Argument(int, needed=True, least=0, most=1024 * TiB),
+          "entries": Argument(int, least=0, most=1 << 40),
+          "ttl": Argument(float, needed=True, least=0, most=LEASE)}),
     Call("POST", "/v1/verify", "Hold every block of the cache against its checksum.", _COUNTS),
     Call("POST", "/v1/flush", "Wait until what was closed below a path is in the bucket.",
          _object(clean=_YES, **_LEFT), {**_PATH, **_TIMEOUT}),

@@ -144,6 +144,11 @@ class ControlClient(_Client):
     def flush(self, path: str, *, timeout: float) -> dict[str, Any]:
         return dict(self._call("POST", "/v1/flush", {"path": path, "timeout": float(timeout)}))
 
+    def lease(self, tier: str, room: int, *, entries: int = 0, ttl: float) -> tuple[int, int]:
+        asked = {"tier": tier, "room": room, "entries": entries, "ttl": float(ttl)}
+        done = self._call("POST", "/v1/lease", asked)
+        return int(done["room"]), int(done["entries"])
+
     def verify(self) -> dict[str, int]:
         # It reads the whole cache: as long as the worker lives it is waited for.
         return dict(self._call("POST", "/v1/verify", {}, patient=True))

@@ -74,5 +74,9 @@ class Control(RemoteControl, Protocol):
         """Wait until all that was closed below `path` is in the bucket, for `timeout` seconds at most;
         `clean` says whether it is."""
 
+    def lease(self, tier: str, room: int, *, entries: int = 0, ttl: float) -> tuple[int, int]:
+        """Let a tier take `room` bytes at most, and `entries` files (0: any number), for `ttl` seconds; after
+        that it goes by its quota again. Bytes and files that it may take now: never more than its quota."""
+
     def verify(self) -> dict[str, int]:
         """Hold every block of the cache against its checksum; the counts of `VerifyReport`."""

@@ -75,6 +75,11 @@ def _states(status: Status) -> Samples:
     ]
 
 
+def _limit(tier: Mapping[str, Any]) -> float:
+    lease = tier.get("lease")
+    return float(tier["quota"] if lease is None else lease)
+
+
 def _info(status: Status) -> Samples:
     return [((str(status.get("mount", "")), str(status.get("version", ""))), 1.0)]
 
@@ -93,6 +98,8 @@ METRICS: tuple[Figure, ...] = (
            _at("index", "listings")),
     Figure("datacache_tier_quota_bytes", "gauge", "Bytes that a tier may take.", ("tier",),
            _each("tiers", "name", lambda tier: tier["quota"])),
+    Figure("datacache_tier_limit_bytes", "gauge", "Bytes that it may take now: its lease, or the quota.",
+           ("tier",), _each("tiers", "name", _limit)),
     Figure("datacache_tier_used_bytes", "gauge", "Bytes that it takes.", ("tier",),
            _each("tiers", "name", lambda tier: tier["used"])),
     Figure("datacache_tier_entries", "gauge", "Files that it has copies of, whole or in part.", ("tier",),

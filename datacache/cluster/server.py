@@ -338,6 +338,9 @@ def _acts(control: Control) -> Mapping[str, Callable[..., Any]]:
         "/v1/stat": lambda path: asdict(control.stat(path)),
         "/v1/evict": evicted,
         "/v1/pin": lambda path, pinned: {"files": control.pin(path, pinned)},
+        "/v1/lease": lambda tier, room, ttl, entries=0: dict(
+            zip(("room", "entries"), control.lease(tier, room, entries=entries, ttl=ttl), strict=True)
+        ),
         "/v1/verify": lambda: control.verify(),
         "/v1/flush": lambda path, timeout=0.0: control.flush(path, timeout=timeout),
         "/v1/drain": lambda timeout=0.0: control.drain(timeout=timeout),

@@ -183,6 +183,15 @@ def _snapshot(text: str) -> str:
     return text
 
 
+def _object(text: str) -> str:
+    # Each a DNS name, as the API takes them.
+    if not re.fullmatch(
+        r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", text, re.ASCII
+    ):
+        raise ValueError
+    return text
+
+
 # A bucket or host, which only file:/// does without. `::` chains fsspec's schemes (simplecache::s3://...).
 _URI = re.compile(r"(?P<scheme>([A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.+)", re.ASCII)
 
@@ -196,7 +205,7 @@ def _uri(text: str) -> str:
 
 TEXT = Kind("a text", _text)
 REGION = Kind("the name of a region, such as eu-west-1", _region)
-_BOOLEAN = Kind("true or false", {"true": True, "false": False}.__getitem__, lambda value: str(value).lower())
+BOOLEAN = Kind("true or false", {"true": True, "false": False}.__getitem__, lambda value: str(value).lower())
 PATH = Kind("an absolute path", _path)
 SNAPSHOT = Kind("1 to 64 letters, digits, dots, dashes and underscores", _snapshot)
 NAME = Kind("letters, digits, dots, dashes and underscores, up to 100, the first a letter or digit", _name)
@@ -207,6 +216,7 @@ TIER = Kind("MEDIUM:/PATH=SIZE[,high=FRACTION][,low=FRACTION], such as mem:/dev/
 MOUNT = Kind("a URI, or URI=/PATH to say where in the data set it appears", _text)
 OPTION = Kind("KEY=VALUE, an option of the source (docs/sources.md)", _text)
 MEDIUM = _choice(Medium, Medium)
+OBJECT = Kind("NAMESPACE/NAME of a Dataset", _object)
 QUOTA = _size(1, 1024 * TiB)
 WATERMARK = _fraction(0.01, 1)
 
@@ -237,8 +247,8 @@ KEYS: Mapping[str, Key] = {
         Key("endpoint", "options", Kind("the URL of a store, such as http://127.0.0.1:9000", _uri)),
         Key("region", "options", REGION),
         Key("profile", "options", TEXT),
-        Key("anonymous", "options", _BOOLEAN),
-        Key("path-style", "options", _BOOLEAN),
+        Key("anonymous", "options", BOOLEAN),
+        Key("path-style", "options", BOOLEAN),
         Key("option", "options", OPTION, many=True),
         Key("timeout", "sources.timeout", _duration(0.1, 3600)),
         Key("stall-timeout", "sources.stall_timeout", _duration(0.1, 3600)),
@@ -260,9 +270,9 @@ KEYS: Mapping[str, Key] = {
         Key("order-ahead", "reading.order_ahead", _integer(0, 100_000)),
         Key("consistency", "index.consistency", _choice(Consistency, Consistency)),
         Key("ttl", "index.ttl", _duration(0, INF)),
-        Key("strict", "index.strict", _BOOLEAN),
+        Key("strict", "index.strict", BOOLEAN),
         Key("snapshot", "index.snapshot", SNAPSHOT),
-        Key("rw", "writing.enabled", _BOOLEAN),
+        Key("rw", "writing.enabled", BOOLEAN),
         Key("landing", "writing.landing", PATH),
         Key("durability", "writing.durability", _choice(Durability, Durability)),
         Key("conflict", "writing.conflict", _choice(Conflict, Conflict)),
@@ -283,7 +293,7 @@ KEYS: Mapping[str, Key] = {
         Key("gid", "mount.gid", Kind("a group, by number or name", _group)),
         Key("file-mode", "mount.file_mode", _MODE),
         Key("dir-mode", "mount.dir_mode", _MODE),
-        Key("allow-other", "mount.allow_other", _BOOLEAN),
+        Key("allow-other", "mount.allow_other", BOOLEAN),
         Key("entry-timeout", "mount.entry_timeout", _duration(0, INF)),
         Key("attr-timeout", "mount.attr_timeout", _duration(0, INF)),
         Key("negative-timeout", "mount.negative_timeout", _duration(0, INF)),
@@ -294,9 +304,10 @@ KEYS: Mapping[str, Key] = {
         Key("max-tasks", "mount.max_tasks", _integer(1, 4096)),
         Key("min-tasks", "mount.min_tasks", _integer(1, 4096)),
         Key("metadata-entries", "mount.metadata_entries", _integer(1, 100_000_000)),
-        Key("xattr", "mount.xattr", _BOOLEAN),
+        Key("xattr", "mount.xattr", BOOLEAN),
         Key("state", "state", PATH),
         Key("metrics", "metrics", Kind("HOST:PORT, such as 127.0.0.1:9300", _address)),
+        Key("object", "object", OBJECT),
         Key("listen", "api.listen", Kind("HOST:PORT, such as 127.0.0.1:9301", _address)),
         Key("token-file", "api.token_file", PATH),
         Key("tls-cert", "api.tls_cert", PATH),

@@ -26,6 +26,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from datacache.config.keys import (
+    BOOLEAN,
     KEYS,
     MEDIUM,
     NAME,
@@ -434,8 +435,8 @@ def _tier(name: str, item: Any) -> TierSettings:
                 raise SettingError(name, item, f"{key} once")
             parts[key] = value
     for key in parts:
-        if key not in ("medium", "path", "quota", "high", "low"):
-            raise SettingError(name, key, "medium, path, quota, high or low")
+        if key not in ("medium", "path", "quota", "high", "low", "mounted"):
+            raise SettingError(name, key, "medium, path, quota, high, low or mounted")
     for key in ("medium", "path"):
         if key not in parts:
             raise SettingError(name, item, f"a {key} in each of them")
@@ -449,7 +450,11 @@ def _tier(name: str, item: Any) -> TierSettings:
         **{
             mark: _one(WATERMARK, f"{name}: {mark}", parts[mark]) for mark in ("high", "low") if mark in parts
         },
+        mounted=_one(BOOLEAN, f"{name}: mounted", parts["mounted"]) if "mounted" in parts else False,
     )
+    if tier.mounted and (tier.medium is not Medium.MEM or not tier.quota or os.path.dirname(path) == "/"):
+        expected = "false, or a mem tier with a quota, in a directory on which a tmpfs is mounted"
+        raise SettingError(f"{name}: mounted", "true", expected)
     if "high" in parts and "low" not in parts and tier.low >= tier.high:
         tier = replace(tier, low=round(tier.high * 0.9, 9))
     if not tier.low < tier.high:

@@ -89,6 +89,9 @@ class TierSettings:
     """Fraction of the quota at which eviction begins, where the policy evicts."""
     low: float = 0.85
     """Fraction of the quota at which it ends."""
+    mounted: bool = False
+    """Whether a tmpfs of its own is mounted on the directory above `path`, by somebody else: until it is,
+    nothing is written there, and the tier waits."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +303,8 @@ class Settings:
     api: ApiSettings = field(default_factory=ApiSettings)
     metrics: str = ""
     """HOST:PORT of the Prometheus page; empty: none."""
+    object: str = ""
+    """NAMESPACE/NAME of the Dataset object that this is a worker of; empty: of none."""
     log_level: str = "info"
     """debug, info, warning or error."""
     log_format: str = "text"

@@ -216,6 +216,17 @@ class ControlSuite(RemoteSuite):
         stage.control.evict("/sub")
         assert not stage.control.stat("/sub/deep/c.bin").pinned
 
+    def test_a_lease(self, stage: Stage) -> None:
+        """A tier is let have less than its quota, and says so; never more, and of no tier that there is
+        not."""
+        quota = stage.control.status()["tiers"][0]["quota"]
+        assert stage.control.lease(stage.tier, 1 << 20, entries=7, ttl=60) == (1 << 20, 7)
+        (tier,) = stage.control.status()["tiers"]
+        assert (tier["quota"], tier["lease"], tier["lease_entries"]) == (quota, 1 << 20, 7)
+        assert stage.control.lease(stage.tier, 1 << 50, ttl=60) == (quota, 0)
+        with pytest.raises(SettingError, match="tape"):
+            stage.control.lease("tape", 0, ttl=60)
+
     def test_verify(self, stage: Stage) -> None:
         """Every block is held against its checksum."""
         stage.ended(stage.control.load(LoadRequest()))

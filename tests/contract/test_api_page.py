@@ -89,6 +89,7 @@ def test_answers_have_the_keys_of_the_page(worker: Worker) -> None:
         "/v1/stat": {"path": "/sub/b.bin"},
         "/v1/evict": {"path": "/", "dry_run": True},
         "/v1/pin": {"path": "/sub", "pinned": True},
+        "/v1/lease": {"tier": "ssd", "room": 1 << 20, "ttl": 5},
         "/v1/verify": {},
         "/v1/drain": {"timeout": 5},
     }
@@ -138,6 +139,9 @@ def test_the_page_of_operations_has_each_figure_of_the_status(worker: Worker) ->
         ("/v1/list", {"path": "/", "depth": 1}, 400, "SettingError"),
         ("/v1/list", {"path": 1}, 400, "SettingError"),
         ("/v1/stat", {}, 400, "SettingError"),
+        ("/v1/lease", {"tier": "ssd", "room": 1}, 400, "SettingError"),
+        ("/v1/lease", {"tier": "ssd", "room": -1, "ttl": 5}, 400, "SettingError"),
+        ("/v1/lease", {"tier": "ssd", "room": 1, "ttl": 3601}, 400, "SettingError"),
         ("/v1/drain", {"timeout": 11}, 400, "SettingError"),
         ("/v1/drain", {"timeout": -0.1}, 400, "SettingError"),
         ("/v1/drain", {"timeout": True}, 400, "SettingError"),
@@ -174,6 +178,7 @@ def test_statuses_and_bounds_are_those_of_the_page() -> None:
     assert f"has {server.HEAD:g} s to say what it wants" in text
     assert f"{server.BODY:g} s more for the body, and is dropped after {server.LIFETIME:g} s" in text
     assert f"It waits for `timeout` seconds, {api.WAIT:g} at most" in text
+    assert f"0 to {api.LEASE:g}, unless it is renewed" in text
     assert f"{credentials.SHORTEST} to {credentials.LONGEST} printable ASCII" in text
     assert f"up to {credentials.MOST}, one a line" in text
 

@@ -89,6 +89,7 @@ def test_each_call_answers_as_described(worker: Worker, ask: Asker) -> None:
         "/v1/loads/status": failing, "/v1/loads/cancel": started, "/v1/list": {"path": "/", "limit": 2},
         "/v1/stat": {"path": "/sub/b.bin"}, "/v1/evict": {"path": "/other", "dry_run": True},
         "/v1/pin": {"path": "/sub", "pinned": True}, "/v1/drain": {"timeout": 10},
+        "/v1/lease": {"tier": "ssd", "room": 1 << 20, "ttl": 5},
     }  # fmt: skip
     asked = 0
     for method, path in there(ask):

@@ -591,6 +591,114 @@ def test_a_quota_that_was_made_smaller_holds(start: Open, clock: VirtualClock) -
     assert {k.key for k in keys if tier.present(k)} == {"k0", "k7", "k8", "k9"}
 
 
+def test_a_lease_holds_as_long_as_it_is_renewed(start: Open, clock: VirtualClock) -> None:
+    """A tier that keeps what it has gives it up for a lease, what was opened longest ago first, but nothing
+    that is pinned or open; it takes no more than the lease until that ends, and then its quota again."""
+    tier = start(quota=10 * BLOCK)
+    keys = [key(f"k{i}", BLOCK) for i in range(10)]
+    for each in keys:
+        clock.advance(1)
+        put(tier, each)
+    tier.pin(keys[0], True)
+    file = tier.open(keys[1])
+    assert (tier.stats()[0].lease, tier.stats()[0].lease_entries) == (None, None)
+    assert tier.lease(4 * BLOCK, 0, 30.0).bytes == 4 * BLOCK
+    with pytest.raises(TierFull, match=r"of its lease of 64\.0 KiB"):
+        put(tier, key("new", BLOCK))
+    assert used(tier) == 10 * BLOCK, "that is for upkeep to do"
+    tier.upkeep()
+    assert {k.key for k in keys if tier.present(k)} == {"k0", "k1", "k8", "k9"}
+    stats = tier.stats()[0]
+    assert (stats.quota, stats.lease, stats.lease_entries, stats.pinned) == (10 * BLOCK, 4 * BLOCK, 0, BLOCK)
+    file.close()
+    clock.advance(29)
+    tier.lease(5 * BLOCK, 0, 30.0)
+    put(tier, key("new", BLOCK))
+    clock.advance(29.9)
+    with pytest.raises(TierFull):
+        put(tier, key("another", BLOCK))
+    clock.advance(1)
+    tier.upkeep()
+    assert tier.stats()[0].lease is None
+    put(tier, key("another", BLOCK))
+
+
+def test_a_lease_is_never_above_the_quota(start: Open) -> None:
+    """Whatever the node has to lend."""
+    tier = start(quota=2 * BLOCK)
+    assert tier.lease(9 * BLOCK, 0, 30.0).bytes == 2 * BLOCK
+    put(tier, key("a", 2 * BLOCK))
+    with pytest.raises(TierFull, match="lease"):
+        put(tier, key("b", BLOCK))
+
+
+def test_a_lease_of_files(start: Open, clock: VirtualClock) -> None:
+    """A disk may have bytes left and no inodes: entries are leased, too, and given up by the same rules."""
+    tier = start(quota=64 * MiB)
+    for i in range(300):
+        clock.advance(1)
+        put(tier, key(f"k{i}", 4 * KiB))
+    tier.lease(64 * MiB, 20, 30.0)
+    tier.upkeep()
+    assert tier.stats()[0].entries == 20
+    assert tier.present(key("k299", 4 * KiB)) and not tier.present(key("k279", 4 * KiB))
+    with pytest.raises(TierFull, match="20 of its lease of 20 files"):
+        put(tier, key("new", 4 * KiB))
+    tier.evict(key("k299", 4 * KiB))
+    put(tier, key("new", 4 * KiB))
+    tier.lease(64 * MiB, 0, 30.0)
+    put(tier, key("more", 4 * KiB))
+
+
+def test_a_lease_of_nothing(start: Open) -> None:
+    """All goes but what is pinned."""
+    tier = start()
+    for name in "abc":
+        put(tier, key(name))
+    tier.pin(key("b"), True)
+    tier.lease(0, 0, 30.0)
+    tier.upkeep()
+    assert [entry.key.key for entry in tier.entries()] == ["b"]
+
+
+def test_a_lease_outlives_the_store(
+    start: Open, disk: FaultyDisk, clock: VirtualClock, logs: AnnouncedLogs
+) -> None:
+    """A tier that was set aside comes back with the lease that holds now."""
+    logs.expect("cache tier ssd:x is set aside: Input/output error")
+    tier = start(quota=10 * BLOCK)
+    put(tier, key("a", BLOCK))
+    disk.break_down()
+    with pytest.raises(TierBroken):
+        put(tier, key("b", BLOCK))
+    tier.lease(2 * BLOCK, 0, 600.0)
+    disk.heal()
+    clock.advance(20)
+    tier.upkeep()
+    put(tier, key("b", BLOCK))
+    with pytest.raises(TierFull, match="lease"):
+        put(tier, key("c", BLOCK))
+
+
+def test_what_is_pinned_is_known_soon(start: Open, clock: VirtualClock) -> None:
+    """The sum of pinned bytes follows pins at the next round of upkeep, and evictions half a minute later."""
+    tier = start()
+    for name in "abc":
+        put(tier, key(name, BLOCK))
+    tier.upkeep()
+    assert tier.stats()[0].pinned == 0
+    tier.pin(key("a", BLOCK), True)
+    tier.pin(key("b", BLOCK), True)
+    tier.upkeep()
+    assert tier.stats()[0].pinned == 2 * BLOCK
+    tier.evict(key("a", BLOCK))
+    clock.advance(30)
+    tier.upkeep()
+    assert tier.stats()[0].pinned == BLOCK
+    tier.close()
+    assert start().stats()[0].pinned == BLOCK
+
+
 def test_too_many_open_files_is_not_an_illness(start: Open, disk: FaultyDisk) -> None:
     """Entries open empty, fills say what to do, and nothing is set aside."""
     tier = start()

@@ -20,7 +20,7 @@ STATUS = {
         {"name": "mem:/dev/shm/x", "quota": 10, "used": 10, "entries": 1, "state": "full", "evicted": 4,
          "damaged": 0},
         {"name": "ssd:/var/x", "quota": 100, "used": 50, "entries": 6, "state": "ok", "evicted": 0,
-         "damaged": 2},
+         "damaged": 2, "lease": 30},
     ],
     "reads": {
         "opens": 10, "opens_whole": 8, "bytes_served": 1000, "bytes_from_cache": 900, "fetches": 5,
@@ -65,6 +65,8 @@ def test_every_figure_is_that_of_the_status() -> None:
         "datacache_index_listings_total": 3,
         'datacache_tier_quota_bytes{tier="mem:/dev/shm/x"}': 10,
         'datacache_tier_quota_bytes{tier="ssd:/var/x"}': 100,
+        'datacache_tier_limit_bytes{tier="mem:/dev/shm/x"}': 10,
+        'datacache_tier_limit_bytes{tier="ssd:/var/x"}': 30,
         'datacache_tier_used_bytes{tier="mem:/dev/shm/x"}': 10,
         'datacache_tier_used_bytes{tier="ssd:/var/x"}': 50,
         'datacache_tier_entries{tier="mem:/dev/shm/x"}': 1,

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from datacache.cache.policy import (
     PAGE,
     Candidate,
+    Limit,
     Rank,
     Space,
     Stance,
@@ -52,6 +53,14 @@ def entry(number: int, **changes: object) -> Candidate:
 def test_the_class_of_an_entry(changes: dict[str, object], under: Stance, expected: Rank | None) -> None:
     """Superseded, expired, idle, lower, own; pinned and open entries never."""
     assert rank(entry(1, **changes), under) is expected
+
+
+def test_as_many_as_are_wanted_go() -> None:
+    """By number, too: bytes that are free already do not end it."""
+    offered = [entry(i) for i in range(9)]
+    under = stance(Policy.LRU)
+    assert [e.id for e in victims(offered, under, over_by=1, count=3)] == [0, 1, 2]
+    assert [e.id for e in victims(offered, under, over_by=4 * 4096, count=3)] == [0, 1, 2, 3]
 
 
 def test_classes_go_in_order_and_within_a_class_the_oldest_first() -> None:
@@ -129,7 +138,27 @@ def test_what_stands_in_the_way_of_an_admission(
     wanted: int, inodes: int, used: int, space: Space, over_by: int, reason: str
 ) -> None:
     """The quota, and a tenth of the file system's bytes and of its inodes."""
-    short = shortage(wanted, inodes=inodes, used=used, quota=MiB, space=space, reserve=0.1)
+    limit = Limit(MiB)
+    short = shortage(
+        wanted, inodes=inodes, used=used, entries=5, limit=limit, space=space, reserve=0.1
+    )  # fmt: skip
+    assert short.over_by == over_by and reason in short.reason
+
+
+@pytest.mark.parametrize(
+    ("limit", "inodes", "over_by", "reason"),
+    [
+        (Limit(MiB, 6, leased=True), 1, 0, ""),
+        (Limit(MiB, 5, leased=True), 1, PAGE, "5 of its lease of 5 files"),
+        (Limit(MiB, 4, leased=True), 0, 0, ""),
+        (Limit(8 * KiB, 9, leased=True), 1, 8 * KiB, "8.0 KiB of its lease of 8.0 KiB"),
+    ],
+)
+def test_a_lease_stands_in_the_way(limit: Limit, inodes: int, over_by: int, reason: str) -> None:
+    """Bytes and files that the node lends; a file that is there already may still grow."""
+    short = shortage(
+        8 * KiB, inodes=inodes, used=8 * KiB, entries=5, limit=limit, space=ROOMY, reserve=0.1
+    )  # fmt: skip
     assert short.over_by == over_by and reason in short.reason
 
 
