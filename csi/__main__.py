@@ -11,21 +11,30 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from datacache.cli.main import Parser, UsageError
+from datacache.config.keys import PATH
 from datacache.errors import DatacacheError, SettingError
-from datacache.kube.release import DRIVER
+from datacache.kube.release import DRIVER, TIER_ROOTS, Release
 from datacache.telemetry import redact, set_up_logging
+
+if TYPE_CHECKING:
+    from csi.records import Records
+    from csi.residents import Roots
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "datacache-csi"
 GRACE = 25.0
 """Seconds that calls under way are given at the end: Kubernetes kills after 30."""
+
+_POD = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+"""By which a pod that may ask the API of its cluster is told from all else."""
 
 EXAMPLES = """\
 examples:
@@ -50,13 +59,32 @@ def parser() -> Parser:
         "--endpoint", metavar="unix:///PATH", default="",
         help=f"where calls are answered (default: plugins/{DRIVER}/csi.sock in the kubelet's directory)",
     )  # fmt: skip
+    made.add_argument(
+        "--state-dir", metavar="DIR", default=Release.state_dir,
+        help="on the node: state of each Dataset, below (default: %(default)s)",
+    )  # fmt: skip
+    made.add_argument(
+        "--run-dir", metavar="DIR", default=Release.run_dir,
+        help="on the node: sockets of workers, below (default: %(default)s)",
+    )  # fmt: skip
+    made.add_argument(
+        "--tier-root", metavar="DIR", action="append", default=[],
+        help="below which Datasets may have tiers, as the controller is told; repeatable "
+        f"(default: {', '.join(TIER_ROOTS)})",
+    )  # fmt: skip
+    made.add_argument(
+        "--kubeconfig", metavar="FILE", default="",
+        help="how to reach the API of the cluster, for CacheNodes and Datasets that are gone; default: as "
+        "the pod that this is, or not at all",
+    )  # fmt: skip
     made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     made.add_argument("--log-format", default="text", choices=("text", "json"))
     return made
 
 
-def serve(*, node_id: str, kubelet: str, endpoint: str) -> None:
-    """Answer calls until a signal. Raises SettingError for what was named wrongly."""
+def serve(*, node_id: str, kubelet: str, endpoint: str, roots: "Roots", kubeconfig: str) -> None:
+    """Answer calls, and keep the node's accounts, until a signal. Raises SettingError for what was named
+    wrongly."""
     # Here, since help and mistakes need none of it.
     from csi.controller import Controller
     from csi.identity import Identity
@@ -96,11 +124,47 @@ def serve(*, node_id: str, kubelet: str, endpoint: str) -> None:
     with ExitStack() as running, _Told() as told:
         calls.start()
         running.callback(calls.stop, GRACE)
+        running.enter_context(_accounts(node_id, roots, records, kubeconfig))
         announced.start()  # last, since the kubelet calls at once; and it goes first
         running.callback(announced.stop, 1.0)
         log.info("%s answers at %s for node %s", DRIVER, path, node_id)
         told.wait()
         log.info("told to end; the mounts stay")
+
+
+@contextmanager
+def _accounts(node: str, roots: "Roots", records: "Records", kubeconfig: str) -> Iterator[None]:
+    """Keep the node's accounts until the block is left; with a cluster tell it of them, too."""
+    from csi.accountant import Accountant
+    from csi.housekeeping import Housekeeping
+    from csi.residents import Register
+    from csi.tmpfs import LinuxMemory
+    from datacache.clock import SystemClock
+    from datacache.kube.manifests import volume_name
+
+    clock, memory, stop = SystemClock(), LinuxMemory(), threading.Event()
+    with ExitStack() as running:
+        accountant = Accountant(
+            Register(roots), memory, clock=clock,
+            staged=lambda uid: records.get(volume_name(uid)) is not None,
+        )  # fmt: skip
+        parts = [("accountant", accountant.run)]
+        if kubeconfig or ("KUBERNETES_SERVICE_HOST" in os.environ and os.path.exists(_POD)):
+            from datacache.kube.api import Api, configuration
+
+            api = running.enter_context(
+                closing(Api(configuration(kubeconfig), timeout=(2.0, 8.0), manager=PROGRAM))
+            )
+            housekeeping = Housekeeping(api, node, Register(roots), accountant, memory, clock=clock)
+            parts.append(("housekeeping", housekeeping.run))
+        else:
+            log.info("there is no API of a cluster to ask: no CacheNode is written, and no directory removed")
+        for name, act in parts:
+            thread = threading.Thread(target=act, args=(stop,), name=name)
+            thread.start()
+            running.callback(thread.join)
+            running.callback(stop.set)
+        yield
 
 
 class _Told:
@@ -147,6 +211,24 @@ def _kubelet(given: str) -> str:
     return os.path.normpath(given)
 
 
+def _roots(state: str, run: str, tiers: Sequence[str]) -> "Roots":
+    from csi.residents import Roots
+
+    def path(text: str, name: str) -> str:
+        try:
+            found = str(PATH.read(text))
+        except ValueError as error:
+            raise SettingError(name, text, PATH.expected) from error
+        if found == "/":
+            raise SettingError(name, text, "a directory of its own")
+        return found
+
+    return Roots(
+        path(state, "--state-dir"), path(run, "--run-dir"),
+        tuple(path(each, "--tier-root") for each in tiers or TIER_ROOTS),
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (this process's by default); the exit code."""
     try:
@@ -155,14 +237,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as done:  # argparse has printed the help
             return int(done.code or 0)
         node_id, kubelet = _node(args.node_id), _kubelet(args.kubelet_dir)
+        roots = _roots(args.state_dir, args.run_dir, args.tier_root)
         set_up_logging(level=args.log_level, style=args.log_format)
-        serve(node_id=node_id, kubelet=kubelet, endpoint=args.endpoint)
+        serve(
+            node_id=node_id, kubelet=kubelet, endpoint=args.endpoint, roots=roots, kubeconfig=args.kubeconfig
+        )  # fmt: skip
     except (UsageError, SettingError) as error:
         return _fail(2, str(error))
     except DatacacheError as error:
         return _fail(1, str(error))
     except ImportError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("grpc", "google"):
+        if error.name is None or error.name.partition(".")[0] not in ("grpc", "google", "kubernetes"):
             raise
         return _fail(1, f"{error.name} is missing: pip install 'dataset-cache[kubernetes]'")
     return 0

@@ -19,7 +19,7 @@ from datacache.errors import ClusterError, Conflicting, SettingError
 from datacache.kube.release import GROUP, VERSION, Name
 
 MANAGER = "datacache-controller"
-"""The field manager: which fields of an object are ours."""
+"""The field manager: which fields of an object are ours. The controller's; the node's plugin has another."""
 TIMEOUT = (5.0, 30.0)
 """Seconds to connect, and for the answer."""
 MAX_EVENT = 1024
@@ -45,6 +45,7 @@ _RESOURCES = {
     ("coordination.k8s.io/v1", "Lease"): "leases",
     (OURS, "Dataset"): "datasets",
     (OURS, "DataLoad"): "dataloads",
+    (OURS, "CacheNode"): "cachenodes",
 }
 
 
@@ -68,8 +69,11 @@ def configuration(kubeconfig: str = "") -> client.Configuration:
 class Api:
     """The API of one cluster. Threads may share it."""
 
-    def __init__(self, configured: client.Configuration, *, timeout: tuple[float, float] = TIMEOUT) -> None:
-        self._timeout = timeout
+    def __init__(
+        self, configured: client.Configuration, *, timeout: tuple[float, float] = TIMEOUT,
+        manager: str = MANAGER,
+    ) -> None:  # fmt: skip
+        self._timeout, self._manager = timeout, manager
         self._client = client.ApiClient(configured)
         self._host = configured.host
 
@@ -88,6 +92,18 @@ class Api:
                 return None
             raise
 
+    def is_gone(self, name: Name, uid: str) -> bool:
+        """Whether the object `name` with this `uid` is no more: there is another of its name, or the API says
+        that there is none of just this name. That it knows no such kind, or nothing at all, is a
+        ClusterError: an answer that may be a mistake is none."""
+        try:
+            found = self._ask("GET", _path(name))
+        except ClusterError as error:
+            if error.status == 404 and error.about == name.name:
+                return True
+            raise
+        return bool(found["metadata"]["uid"] != uid)
+
     def list(self, api: str, kind: str, *, namespace: str = "", labels: str = "") -> list[Object]:
         """All objects of a kind, in one namespace or (empty) all; of some labels."""
         found: list[Object] = []
@@ -100,30 +116,32 @@ class Api:
                 return found
             query["continue"] = token
 
-    def apply(self, obj: Object, *, dry_run: bool = False) -> Object:
-        """Have the fields of `obj` be as they are in it (server-side apply); fields of others stay."""
+    def apply(self, obj: Object, *, part: str = "", dry_run: bool = False) -> Object:
+        """Have the fields of `obj` be as they are in it (server-side apply); fields of others stay. `part` is
+        a subresource, such as status."""
         metadata = obj["metadata"]
         name = Name(obj["apiVersion"], obj["kind"], metadata.get("namespace", ""), metadata["name"])
-        query = {"fieldManager": MANAGER, "force": "true", "fieldValidation": "Strict"}
+        query = {"fieldManager": self._manager, "force": "true", "fieldValidation": "Strict"}
         query |= {"dryRun": "All"} if dry_run else {}
-        return self._ask("PATCH", _path(name), obj, kind="application/apply-patch+yaml", query=query)
+        path = _path(name) + (f"/{part}" if part else "")
+        return self._ask("PATCH", path, obj, kind="application/apply-patch+yaml", query=query)
 
     def create(self, obj: Object) -> Object:
         """Make `obj`. Raises Conflicting where there is one."""
         metadata = obj["metadata"]
         where = Name(obj["apiVersion"], obj["kind"], metadata.get("namespace", ""), "")
-        return self._ask("POST", _path(where), obj, query={"fieldManager": MANAGER})
+        return self._ask("POST", _path(where), obj, query={"fieldManager": self._manager})
 
     def replace(self, obj: Object) -> Object:
         """Have the object be `obj`. Raises Conflicting when its resourceVersion is not that of now."""
         metadata = obj["metadata"]
         name = Name(obj["apiVersion"], obj["kind"], metadata.get("namespace", ""), metadata["name"])
-        return self._ask("PUT", _path(name), obj, query={"fieldManager": MANAGER})
+        return self._ask("PUT", _path(name), obj, query={"fieldManager": self._manager})
 
     def merge(self, name: Name, patch: Mapping[str, Any], *, part: str = "") -> Object:
         """Change what `patch` has (null removes). `part` is a subresource, such as status."""
         path = _path(name) + (f"/{part}" if part else "")
-        query = {"fieldManager": MANAGER}
+        query = {"fieldManager": self._manager}
         return self._ask("PATCH", path, patch, kind="application/merge-patch+json", query=query)
 
     def finalizers(self, obj: Object, finalizers: Sequence[str]) -> Object:
@@ -147,7 +165,7 @@ class Api:
                 "name": metadata["name"], "uid": metadata["uid"],
             },
             "type": kind, "reason": reason, "message": message[:MAX_EVENT],
-            "source": {"component": MANAGER}, "firstTimestamp": now, "lastTimestamp": now, "count": 1,
+            "source": {"component": self._manager}, "firstTimestamp": now, "lastTimestamp": now, "count": 1,
         })  # fmt: skip
 
     def delete(self, name: Name, *, uid: str, grace: int | None = None) -> None:
@@ -190,7 +208,9 @@ class Api:
             return dict(said)
         message = str(said.get("message") or answer.status) if isinstance(said, dict) else str(answer.status)
         raised = Conflicting if answer.status == 409 else ClusterError
-        raise raised(" ".join(message.split()), status=answer.status)
+        details = said.get("details") if isinstance(said, dict) else None
+        about = str(details.get("name") or "") if isinstance(details, dict) else ""
+        raise raised(" ".join(message.split()), status=answer.status, about=about)
 
 
 def _reason(error: Exception) -> str:

@@ -132,6 +132,7 @@ def settings_text(spec: DatasetSpec, release: Release) -> str:
     """The worker's datacache.yaml. As JSON, which YAML contains: written in one way only."""
     found: Object = {
         "name": spec.name,
+        "object": f"{spec.namespace}/{spec.name}",
         "mounts": [
             {"uri": mount.point.uri, "path": mount.point.path, "options": _options(mount)}
             for mount in spec.mounts
@@ -143,6 +144,8 @@ def settings_text(spec: DatasetSpec, release: Release) -> str:
                 "quota": str(tier.quota),
                 "high": f"{tier.high:g}",
                 "low": f"{tier.low:g}",
+                # By the node plugin, and of just that size: what lies beside it is not ours to fill.
+                **({"mounted": "true"} if tier.medium is Medium.MEM else {}),
             }
             for tier in spec.cache.tiers
         ],
@@ -156,6 +159,8 @@ def settings_text(spec: DatasetSpec, release: Release) -> str:
         "state": f"{release.state_dir}/{spec.uid}",
         "log-format": "json",
     }  # fmt: skip
+    if spec.cache.priority:
+        found["priority"] = str(spec.cache.priority)
     if spec.writable:
         found |= {
             "rw": "true",

@@ -151,7 +151,9 @@ def read_dataset(obj: Mapping[str, Any], release: Release) -> DatasetSpec:
     writable = WRITE in modes
     _refuse_what_is_not_built(spec)
     index = _index(spec["consistency"], writable=writable)
-    tiers = _tiers(spec["tieredstore"].only("levels")["levels"], release)
+    store = spec["tieredstore"].only("levels", "priority")
+    tiers = _tiers(store["levels"], release)
+    priority = store["priority"].whole(-1000, 1000) if store["priority"].given else 0
     writing, upload = _write(spec["write"], writable=writable)
     worker = spec["worker"].only("resources", "priorityClassName", "tolerations", "podMetadata")
     tolerations = [*spec["tolerations"].items(), *worker["tolerations"].items()]
@@ -163,7 +165,7 @@ def read_dataset(obj: Mapping[str, Any], release: Release) -> DatasetSpec:
         mounts=_mounts(spec["mounts"], writable=writable),
         access_modes=modes,
         index=index,
-        cache=CacheSettings(tiers=tiers),
+        cache=CacheSettings(tiers=tiers, priority=priority),
         writing=writing,
         upload=upload,
         mount=_owner(spec["owner"], writable=writable),

@@ -33,7 +33,7 @@ from datacache.writing.steps import step
 
 MANAGED = "datacache-landing"
 """The sub-directory of the chosen directory that is ours."""
-_FILES = "files"
+FILES = "files"
 _NAME = re.compile(r"^[0-9]{1,19}$")
 _PIECE = 8 * MiB
 """Bytes copied at once; Python holds one piece."""
@@ -168,7 +168,7 @@ class Landing:
         self.directory = os.path.join(directory, MANAGED)
         self._reserve, self._block = reserve, block
         try:
-            os.makedirs(os.path.join(self.directory, _FILES), mode=0o700, exist_ok=True)
+            os.makedirs(os.path.join(self.directory, FILES), mode=0o700, exist_ok=True)
             at = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 self._owned: OwnerLock = take_lock(directory, at, owner)
@@ -176,7 +176,7 @@ class Landing:
             finally:
                 os.close(at)
             self._at = os.open(
-                os.path.join(self.directory, _FILES), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+                os.path.join(self.directory, FILES), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
             )
         except OSError as error:
             raise _broken(self.directory, error) from error
@@ -283,14 +283,14 @@ class Landing:
             flags = (os.O_RDWR if writing else os.O_RDONLY) | os.O_CLOEXEC
             return LandedFile(number, os.open(str(number), flags, dir_fd=self._at), writing=writing)
         except OSError as error:
-            raise _broken(f"{self.directory}/{_FILES}/{number}", error) from error
+            raise _broken(f"{self.directory}/{FILES}/{number}", error) from error
 
     def stat(self, number: int) -> os.stat_result:
         """Size and times as they are now. Raises LandingBroken."""
         try:
             return os.stat(str(number), dir_fd=self._at)
         except OSError as error:
-            raise _broken(f"{self.directory}/{_FILES}/{number}", error) from error
+            raise _broken(f"{self.directory}/{FILES}/{number}", error) from error
 
     def truncate(self, number: int, size: int) -> None:
         """Make it `size` bytes long. Raises LandingFull, LandingBroken."""
@@ -352,7 +352,7 @@ class Landing:
         try:
             descriptor = os.open(str(number), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._at)
         except OSError as error:
-            raise _broken(f"{self.directory}/{_FILES}/{number}", error) from error
+            raise _broken(f"{self.directory}/{FILES}/{number}", error) from error
         try:
             # An open that breaks the lease is announced by a signal: one that is ignored by default.
             fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)

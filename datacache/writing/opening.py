@@ -5,10 +5,12 @@ A writable data set put together: landing zone, journal, overlay, uploader.
 import json
 import os
 import socket
+import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import quote
 
 from datacache.cache import limits
 from datacache.cache.disk import Disk, Handle
@@ -18,14 +20,14 @@ from datacache.clock import Clock, boot_id
 from datacache.config.settings import Settings
 from datacache.errors import LandingBroken, Locked, SettingError
 from datacache.index.live import LiveIndex
-from datacache.model import Dataset, Entry, MountPoint
+from datacache.model import Dataset, Entry, Kind, MountPoint
 from datacache.sources.sink import Sink
 from datacache.writing.ballast import Ballast
 from datacache.writing.copies import Copies, Reader
 from datacache.writing.early import Early
 from datacache.writing.journal import Journal
 from datacache.writing.keeper import Keeper, Watermarks
-from datacache.writing.landing import MANAGED, Landing
+from datacache.writing.landing import FILES, MANAGED, Landing
 from datacache.writing.overlay import Overlay
 from datacache.writing.settling import Settling
 from datacache.writing.uploader import Uploader
@@ -210,3 +212,26 @@ def owed(directory: str) -> Dataset:
     if not known:
         raise SettingError("DIR", directory, "a landing zone that was used by a mount")
     return Dataset(known["name"], tuple(MountPoint(**point) for point in known["mounts"]))
+
+
+def what_is_owed(directory: str) -> str:
+    """What a landing zone that nobody uses holds and its bucket may not have, in words; empty: nothing. What
+    cannot be read counts as owed. Changes nothing."""
+    managed = os.path.join(directory, MANAGED)
+    journal = os.path.join(managed, "journal.db")
+    try:
+        files = os.listdir(os.path.join(managed, FILES))
+        if files:
+            return f"{len(files)} files"
+        if not os.path.exists(journal):
+            return ""
+        with closing(sqlite3.connect(f"file:{quote(journal)}?mode=rw", uri=True, timeout=5)) as database:
+            (ops,) = database.execute("SELECT count(*) FROM ops").fetchone()
+            (nodes,) = database.execute(
+                "SELECT count(*) FROM nodes WHERE kind != ? AND NOT orphan", (int(Kind.DIRECTORY),)
+            ).fetchone()
+    except FileNotFoundError:
+        return "" if not os.path.exists(journal) else "a journal without its files"
+    except (OSError, sqlite3.Error) as error:
+        return f"what cannot be read ({error})"
+    return f"{ops} operations and {nodes} files" if ops or nodes else ""

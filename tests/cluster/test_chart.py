@@ -97,7 +97,7 @@ def test_all_that_it_renders_is_taken_by_a_strict_api(installed: ControlPlane) -
         "apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-f", "-",
         given=rendered,
     )  # fmt: skip
-    assert said.out.count("serverside-applied (server dry run)") == rendered.count("\nkind: ") == 11
+    assert said.out.count("serverside-applied (server dry run)") == rendered.count("\nkind: ") == 15
     assert "Warning" not in said.err
 
 
