@@ -21,7 +21,7 @@ from typing import Any
 
 from datacache.clock import Clock
 from datacache.errors import ClusterError, Conflicting, SettingError
-from datacache.kube import phase
+from datacache.kube import marks, phase
 from datacache.kube.api import OURS, Api
 from datacache.kube.asking import Asking
 from datacache.kube.figures import read_figures
@@ -53,7 +53,7 @@ class Reconciler:
 
     State, of each Dataset by one thread at a time: `_applied` is what was applied last to which version of an
     object, `_idle` since when a node is not wanted, `_late` since when pods wait for
-    a worker (None: they were told)."""
+    a worker (None: they were told), `_marked` which nodes are marked for it, that are known of."""
 
     def __init__(
         self, api: Api, release: Release, asking: Asking, *, clock: Clock,
@@ -64,6 +64,7 @@ class Reconciler:
         self._applied: dict[Name, tuple[str, Object]] = {}
         self._idle: dict[tuple[str, str], float] = {}
         self._late: dict[Key, dict[str, float | None]] = {}
+        self._marked: dict[str, set[str]] = {}
 
     def look(self, key: Key) -> float | None:
         """Look at the Dataset; seconds until the next look, None when there is none any more. Raises
@@ -111,6 +112,7 @@ class Reconciler:
             figures=tuple(figures),
             silent=tuple(sorted(labelled - {each.node for each in figures})),
         )
+        self._mark(obj, seen)
         self._tell(obj, seen)
         self._warn_users(key, pods, set(seen.silent))
         return AGAIN if pods or labelled else QUIET
@@ -164,7 +166,13 @@ class Reconciler:
         """
         uid = obj["metadata"]["uid"]
         label = node_label(uid)
-        labelled = {each["metadata"]["name"] for each in self._api.list("v1", "Node", labels=f"{label}=true")}
+        nodes = self._api.list("v1", "Node", labels=f"{label}=true")
+        labelled = {each["metadata"]["name"] for each in nodes}
+        self._marked.setdefault(uid, set()).update(
+            each["metadata"]["name"]
+            for each in nodes
+            if marks.is_marked(each["metadata"].get("annotations") or {}, uid)
+        )
         wanted = set(self._nodes_of(key))
         if spec is not None and spec.node_selector:
             chosen = ",".join(f"{name}={value}" for name, value in sorted(spec.node_selector.items()))
@@ -178,12 +186,32 @@ class Reconciler:
         for node in wanted:
             self._idle.pop((uid, node), None)
         for node in labelled - wanted:
-            idle = now - self._idle.setdefault((uid, node), now) >= IDLE
+            idle = now - self._idle.setdefault((uid, node), now) >= IDLE and node not in self._marked[uid]
             if idle and spec is not None and (node in clean or not _writable(obj)):
                 self._label(node, label, None)
                 del self._idle[uid, node]
                 labelled.discard(node)
         return labelled
+
+    def _mark(self, obj: Object, seen: Observed) -> None:
+        """Keep autoscalers from nodes that hold what is not in the bucket, and from no others. Of a node that
+        has changed since it was read (another Dataset's mark, perhaps) the API refuses it: look again."""
+        if not seen.writable:
+            return
+        uid = obj["metadata"]["uid"]
+        dirty = set(phase.dirty_nodes(seen, obj.get("status") or {}))
+        for node in dirty | self._marked.get(uid, set()):
+            found = self._api.get(Name("v1", "Node", "", node))
+            if found is not None:
+                self._mark_node(found, uid, dirty=node in dirty)
+        self._marked[uid] = dirty
+
+    def _mark_node(self, node: Object, uid: str, *, dirty: bool) -> None:
+        metadata = node["metadata"]
+        changed = marks.change(metadata.get("annotations") or {}, uid, dirty=dirty)
+        if changed:
+            patch = {"metadata": {"annotations": changed, "resourceVersion": metadata["resourceVersion"]}}
+            self._api.merge(Name("v1", "Node", "", metadata["name"]), patch)
 
     def _loading(self, key: Key) -> set[str]:
         """Nodes on which a DataLoad is at work, or is to be."""
@@ -308,6 +336,7 @@ class Reconciler:
                 self._api.delete(name, uid=there[name]["metadata"]["uid"])
         label = node_label(metadata["uid"])
         for node in self._api.list("v1", "Node", labels=label):
+            self._mark_node(node, metadata["uid"], dirty=False)
             self._label(node["metadata"]["name"], label, None)
         pods = self._api.list(
             "v1", "Pod", namespace=self._release.namespace, labels=f"{UID_LABEL}={metadata['uid']}"
@@ -321,6 +350,7 @@ class Reconciler:
         for name in self._names(key, metadata["uid"]):
             self._applied.pop(name, None)
         self._late.pop(key, None)
+        self._marked.pop(metadata["uid"], None)
         return None
 
     def _seen_going(self, key: Key, obj: Object, there: Mapping[Name, Object], *, claimed: bool) -> Observed:

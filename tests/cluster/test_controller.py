@@ -18,6 +18,7 @@ from datacache.kube.asking import Asking
 from datacache.kube.controller import Controller
 from datacache.kube.loading import Loader
 from datacache.kube.manifests import CONFIG_ANNOTATION, node_label, objects
+from datacache.kube.marks import MARKS
 from datacache.kube.phase import ACCEPT_LOSS
 from datacache.kube.reconciling import FINALIZER, IDLE, LATE, Reconciler
 from datacache.kube.release import Key, Name
@@ -408,6 +409,35 @@ def test_a_pod_that_uses_it_holds_a_deletion_and_it_says_so(team: Team, looker: 
     assert team.api.get(Name("v1", "PersistentVolumeClaim", team.namespace, "data")), "it goes on reading"
     team.end(pod)
     looker.until(lambda: team.see() is None, "the Dataset to go")
+
+
+def test_a_node_with_dirty_data_is_kept(team: Team, looker: Looker) -> None:
+    """Autoscalers leave it alone until its worker is clean; a mark that somebody else has set stays as it is;
+    a restart in between changes nothing, and nothing is written twice."""
+    obj = team.dataset(accessModes=["ReadWriteMany"])
+    node = Name("v1", "Node", "", team.node)
+
+    def notes() -> dict[str, str]:
+        found = team.api.get(node)["metadata"].get("annotations") or {}
+        return {key: value for key, value in found.items() if "autoscaler" in key or "karpenter" in key}
+
+    looker.nodes.add(team.node)
+    looker.look()
+    team.ready(obj, worker_says(dirty=GiB, due=1))
+    team.api.merge(node, {"metadata": {"annotations": {MARKS[1]: "theirs"}}})
+    looker.until(lambda: MARKS[0] in notes(), "the node to be marked")
+    assert notes() == {MARKS[0]: "true", MARKS[1]: "theirs"}
+    looker.begin_again()
+    looker.look()
+    assert not [each for each in looker.api.writes if "/nodes/" in each]
+    team.answers.clear()
+    looker.look()
+    assert notes() == {MARKS[0]: "true", MARKS[1]: "theirs"}, "who does not answer is dirty still"
+    team.ready(obj, worker_says())
+    looker.until(lambda: MARKS[0] not in notes(), "the mark to go")
+    assert notes() == {MARKS[1]: "theirs"}
+    found = team.api.get(node)["metadata"]["annotations"]
+    assert not [key for key in found if key.startswith("datacache.io/")]
 
 
 def test_dirty_data_holds_a_deletion_whatever_is_killed(team: Team, looker: Looker) -> None:
