@@ -27,6 +27,7 @@ from csi.accounting import IDLE, Claim, Disk, Lease, divide
 from csi.residents import MOST, Register, Resident
 from csi.tmpfs import Act, Memory
 from datacache.clock import Clock
+from datacache.cluster import premises
 from datacache.cluster.client import ControlClient
 from datacache.cluster.premises import Place
 from datacache.errors import ControlError, DatacacheError, MountError
@@ -43,6 +44,9 @@ TEND = 1.0
 """Seconds between two looks for tiers that need a tmpfs."""
 FORGOTTEN = 600.0
 """Seconds without a worker after which its tmpfs goes."""
+STARTING = 60.0
+"""Seconds for which a worker that has begun may not listen yet: nobody looks into its directories meanwhile,
+which would be taken when it comes for them."""
 _SOCKET = re.compile(r"[0-9]+-[0-9]*-[0-9a-f]{8}\.sock", re.ASCII)
 """What `cluster.registry` names the socket of a worker; others may lie beside it."""
 
@@ -263,6 +267,8 @@ class Accountant:
 
     def _look_in(self, resident: Resident, account: _Account) -> None:
         """Nobody is there to ask."""
+        if self._begun(resident, STARTING):
+            return
         account.asleep = True
         for place in resident.places:
             found = None if self._lost(place) else idle.kept(place, clock=self._clock)
@@ -323,6 +329,8 @@ class Accountant:
 
     def _shrink(self, resident: Resident, place: Place, room: int, account: _Account) -> None:
         before = account.tiers[place.name].used
+        if self._begun(resident, STARTING):
+            return
         left = idle.shrink(place, room, clock=self._clock)
         if left is None:
             account.asleep = False
@@ -371,8 +379,15 @@ class Accountant:
         if account is None:
             return True  # it was not asked yet
         recent = self._clock.monotonic() - account.heard_at < FORGOTTEN
-        begun = self._clock.wall() - resident.since < FORGOTTEN
-        return recent or begun or not account.asleep or self._staged(resident.uid)
+        return recent or self._begun(resident, FORGOTTEN) or not account.asleep or self._staged(resident.uid)
+
+    def _begun(self, resident: Resident, seconds: float) -> bool:
+        """Whether a worker has begun in the last so many seconds: it says so before it opens anything."""
+        try:
+            since = os.stat(os.path.join(resident.state, premises.NAME)).st_mtime
+        except OSError:
+            return False
+        return 0 <= self._clock.wall() - since < seconds
 
     def _say(self, what: str, text: str) -> None:
         """Once, until it is well again."""

@@ -48,8 +48,6 @@ class Resident:
     """Its tiers, as far as they lie where they may."""
     landing: str
     priority: int
-    since: float
-    """Wall time at which its last worker began."""
 
     @property
     def homes(self) -> tuple[str, ...]:
@@ -85,7 +83,7 @@ class Register:
     def _resident(self, uid: str) -> Resident | None:
         state = os.path.join(self._roots.state, uid)
         try:
-            since = os.stat(os.path.join(state, premises.NAME), follow_symlinks=False).st_mtime
+            os.stat(os.path.join(state, premises.NAME), follow_symlinks=False)
             if not stat.S_ISDIR(os.lstat(state).st_mode):
                 return None
         except OSError:
@@ -98,7 +96,7 @@ class Register:
         return Resident(
             uid=uid, key=Key(namespace, name), state=state, run=os.path.join(self._roots.run, uid),
             places=self._places(uid, said), landing=self._landing(uid, said.landing, state),
-            priority=max(-1000, min(1000, said.priority)), since=since,
+            priority=max(-1000, min(1000, said.priority)),
         )  # fmt: skip
 
     def _places(self, uid: str, said: Premises) -> tuple[Place, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from csi import accountant
-from csi.accountant import FORGOTTEN, TTL, Accountant, Holding, read_heard
+from csi.accountant import FORGOTTEN, STARTING, TTL, Accountant, Holding, read_heard
 from csi.accounting import IDLE, Disk
 from csi.residents import Register, Roots
 from csi.tmpfs import FakeMemory
@@ -230,6 +230,7 @@ def test_copies_of_one_without_a_worker_give_way(node: Node) -> None:
     node.end(A)
     b = node.live(B, used=500 * MiB)
     node.workers[A].used = 20 * MiB  # for the disk
+    node.clock.advance(STARTING)
     node.round()
     assert node.holding(A) == Holding(A, "team", "a", 20 * MiB, 0, 0, alive=False)
     node.clock.advance(IDLE)
@@ -257,11 +258,24 @@ def test_a_directory_that_somebody_owns_is_left_alone(node: Node) -> None:
         str(place), Rules("ssd:x", GiB, MiB, reserve=0), owner=Owner(1, "", ""), clock=node.clock,
         keeper=False,
     )  # fmt: skip
+    node.clock.advance(STARTING)
     node.round()
     assert node.holding(A).cached == 0 and node.holding(A).alive
     owner.close()
     node.round()
     assert node.holding(A).cached == 3 * MiB and not node.holding(A).alive
+
+
+def test_a_worker_that_has_just_begun_finds_its_directories_free(node: Node) -> None:
+    """It says that it comes before it opens them: from then on nobody else does, though it does not listen
+    yet."""
+    filled(node, A, 3)
+    node.live(A)
+    node.end(A)
+    node.round(STARTING)
+    assert node.holding(A).alive and node.holding(A).cached == 0
+    node.round()
+    assert not node.holding(A).alive and node.holding(A).cached == 3 * MiB
 
 
 def mem(node: Node, uid: str, quota: int = MiB) -> tuple[str, tuple[Place, ...]]:

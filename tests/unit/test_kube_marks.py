@@ -1,6 +1,8 @@
 """Which annotations keep autoscalers from a node: set while a Dataset is dirty there, and never somebody
 else's."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,3 +75,12 @@ def test_whatever_stands_there(before: dict[str, str]) -> None:
                 assert found[key] == value
             if key in ("other", f"datacache.io/dirty-{B}"):
                 assert found[key] == value
+
+
+def test_the_page_says_so() -> None:
+    """docs/controller.md has both marks, ours, and for how long a worker uploads when it is told to end."""
+    page = (Path(__file__).parents[2] / "docs/controller.md").read_text()
+    assert all(f"{mark}:" in page for mark in MARKS) and f"`{OURS}`" in page
+    spec = Path(__file__).parents[2] / "datacache/kube/manifests.py"
+    assert "for 120 s of the 135 that its pod has to end" in " ".join(page.split())
+    assert "return 135 if spec.writable" in spec.read_text() and "_grace(spec) - 15" in spec.read_text()
