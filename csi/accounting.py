@@ -162,7 +162,7 @@ class _Wish:
     def likes(self) -> int:
         """What nobody uses does not grow."""
         growth = self.growth if self.used and self.claim.full else 0
-        return min(self.most, max(self.least, self.has + growth))
+        return min(self.most, self.has + growth)
 
     @property
     def rank(self) -> tuple[float, ...]:

@@ -35,12 +35,13 @@ class Worker:
 
     def __init__(self, uid: str, used: int = 0) -> None:
         self.uid, self.used, self.opens, self.full = uid, used, 0, False
-        self.open_objects = 0
+        self.open_objects = self.asked = 0
         self.lent: list[tuple[str, int, int, float]] = []
         self.gate: threading.Event | None = None
         self.fails: Exception | None = None
 
     def status(self) -> Mapping[str, Any]:
+        self.asked += 1
         if self.gate is not None:
             self.gate.wait()
         if self.fails is not None:
@@ -176,7 +177,7 @@ def test_one_that_hangs_stops_nobody(
     a.used = 310 * MiB
     for _ in range(3):
         node.round()
-    assert len(a.lent) == 1 and len(b.lent) == 4
+    assert len(a.lent) == 1 and len(b.lent) == 4 and a.asked == 2
     assert node.holding(A).cached == 300 * MiB and node.holding(A).alive
     gate, a.gate = a.gate, None
     gate.set()
