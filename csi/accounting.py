@@ -28,7 +28,7 @@ GROWTH = 1 / 16
 """Of what a disk has for copies: what a data set that had no room would like beyond what it has. So much it
 can get of one that gives way, in one round; what nobody has it gets at once."""
 SETTLED = 1 / 50
-"""Of what a disk has for copies: a lease that would change by less stays, if all fit."""
+"""Of a lease: one that would change by less stays, if all fit."""
 
 
 @dataclass(frozen=True)
@@ -213,14 +213,16 @@ def _fill(given: list[int], wanted: Mapping[int, int], room: int) -> None:
 
 def _settled(wishes: Sequence[_Wish], given: list[int], capacity: int) -> list[int]:
     """`given`, but what was lent before where that is nearly the same, if all of it fits."""
-    near = int(capacity * SETTLED)
     kept = [
-        wish.lent
-        if wish.lent is not None and wish.least <= wish.lent <= wish.most and abs(wish.lent - share) < near
-        else share
+        wish.lent if wish.lent is not None and _settles(wish, wish.lent, share) else share
         for wish, share in zip(wishes, given, strict=True)
     ]
     return kept if sum(kept) <= capacity else given
+
+
+def _settles(wish: _Wish, lent: int, share: int) -> bool:
+    near = abs(lent - share) < SETTLED * min(lent, share)
+    return near and wish.least <= lent <= wish.most
 
 
 def _lent(before: Leases, claim: Claim, amount: int) -> int | None:

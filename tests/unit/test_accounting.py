@@ -113,8 +113,8 @@ def test_what_others_have_on_the_disk_is_lent_to_nobody() -> None:
 
 
 def test_a_small_change_is_none() -> None:
-    """A lease stays where another would differ by less than a fiftieth, as long as all fit."""
-    near = int(900 * MiB * SETTLED) - 1
+    """A lease stays where another would differ by less than a fiftieth of it, as long as all fit."""
+    near = int(300 * MiB * SETTLED / (1 + SETTLED))
     claims = [claim("a", 300 * MiB), claim("b", 300 * MiB), claim("c", 300 * MiB)]
     lent = {"a": 300 * MiB - near, "b": 300 * MiB - near, "c": 300 * MiB}
     assert rooms(claims, before=lent) == lent
@@ -124,6 +124,12 @@ def test_a_small_change_is_none() -> None:
     assert rooms(claims, before=lent | {"a": 300 * MiB + near, "b": 300 * MiB}) == {
         "a": 300 * MiB, "b": 300 * MiB, "c": 300 * MiB,
     }  # fmt: skip
+
+
+def test_a_small_data_set_is_not_forgotten() -> None:
+    """Whose quota is less than what others do not notice: a change is small, or not, by its own lease."""
+    claims = [claim("large", 800 * MiB, quota=SIZE, idle=IDLE), claim("small", quota=MiB, full=True)]
+    assert rooms(claims, before={"large": 900 * MiB, "small": 0})["small"] == MiB
 
 
 def test_files_are_lent_where_the_disk_has_a_limit() -> None:
@@ -209,7 +215,7 @@ def test_the_page_has_the_figures_of_the_code() -> None:
         ("above a reserve of 10 %, of bytes and of inodes", RESERVE == 0.1),
         ("and for ten minutes after that", IDLE == 600),
         ("up to a sixteenth of the disk a round", GROWTH == 1 / 16),
-        ("by less than a fiftieth of the disk stays", SETTLED == 1 / 50),
+        ("by less than a fiftieth stays", SETTLED == 1 / 50),
         ("A lease holds for two minutes", accountant.TTL == 120),
         ("is waited for for 5 s", accountant.PATIENCE == 5),
         ("and goes ten minutes after the last one", accountant.FORGOTTEN == 600),
