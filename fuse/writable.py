@@ -214,7 +214,11 @@ class WritableFileSystem(FileSystem):
         directory = self._directory_of(parent, name)
         with self._made_before(again):
             uid, gid, mode = self._owner(directory, uid, gid, mode)
-            entry = self._overlay.create(directory, name, mode=stat.S_IMODE(mode), uid=uid, gid=gid)
+            try:
+                entry = self._overlay.create(directory, name, mode=stat.S_IMODE(mode), uid=uid, gid=gid)
+            except PathExists:
+                self._uncount_maker(directory, name, again)
+                raise
             self._write_nothing(entry.ino)
         return self._named(directory, name)
 
@@ -363,6 +367,7 @@ class WritableFileSystem(FileSystem):
             except PathExists:
                 if flags & os.O_EXCL and not again:
                     raise
+                self._uncount_maker(directory, name, again)
                 with suppress(NoSuchPath, Stale):
                     return self._open_existing(directory, name, flags, kill, who)
                 continue
@@ -432,7 +437,7 @@ class WritableFileSystem(FileSystem):
             except Stale:
                 if file.writing:
                     held.opened = None
-                    self._overlay.awaited.keep(ino, who, file)
+                    self._overlay.keep_for(ino, who, file)
                 self._let_go(held)
                 raise
             except BaseException:
@@ -446,7 +451,7 @@ class WritableFileSystem(FileSystem):
         if writing:
             if not truncate and self._overlay.hollow(ino):
                 self._overlay.awaited.give_up(ino, who)  # it does not want it emptied any more
-            kept = self._overlay.awaited.take(ino, who)
+            kept = self._overlay.kept_for(ino, who)
             if kept is not None:
                 return kept
             if not self._overlay.landed(ino):
@@ -609,7 +614,7 @@ class WritableFileSystem(FileSystem):
                 try:
                     self._nodes.check(node, self._overlay.entry(ino), sole=True)
                 except Stale:
-                    self._overlay.awaited.keep(ino, who, found)
+                    self._overlay.keep_for(ino, who, found)
                     raise
                 opened = _Bytes(ino, found, self._closed)
                 try:
@@ -692,6 +697,12 @@ class WritableFileSystem(FileSystem):
         except PathExists:
             if not again:
                 raise
+
+    def _uncount_maker(self, directory: int, name: bytes, again: bool) -> None:
+        """The daemon before may have made the file, which counts as open for writing from then on, and died
+        before it said so: nothing closes that one."""
+        if again and self._counted and (made := self._known(directory, name)) is not None:
+            self._overlay.released(made.ino)
 
     def _named(self, directory: int, name: bytes) -> Attributes:
         self._changed(directory)

@@ -103,6 +103,9 @@ class Ledger:
         """Operations that wait for a person, and why."""
         self.granted: set[int] = set()
         """Nodes that were created, and count as open for writing; the open follows."""
+        self.awaited: Counter[int] = Counter()
+        """Writers of a node that were told to come again. They count here, and not in the journal: who is
+        killed while nobody answers never comes, and nothing would ever tell the next process."""
         self.unnoted: dict[int, int] = {}
         """How often a node was closed by writers without that the journal could take it (a full disk), until
         it does. Zero: nobody has it open any more, and that is to be noted."""
@@ -345,12 +348,12 @@ class Batch:
             effect()
 
     def put_node(self, node: Node) -> None:
-        self._change.put_node(node)
+        self._change.put_node(node._replace(writers=node.writers - self._ledger.awaited[node.ino]))
         self.then(lambda: self._ledger.set_node(node))
 
     def set_writers(self, node: Node, writers: int) -> Node:
         """The node as it is with so many who have it open for writing."""
-        self._change.set_writers(node.ino, writers)
+        self._change.set_writers(node.ino, writers - self._ledger.awaited[node.ino])
         new = node._replace(writers=writers)
         self.then(lambda: self._ledger.set_node(new))
         return new

@@ -107,7 +107,8 @@ class Overlay:
         # Changed under the lock.
         self._numbers: Iterator[int] = iter(())  # reserved in the catalogue
         self.closes = Closes(clock)
-        self.awaited = Awaited(clock, self.closed)
+        self.awaited = Awaited(clock, self._not_come)
+        self._leases_tell = leases_tell
         self._users: Counter[int] = Counter()  # opens of landed files
         self._writing: Counter[int] = Counter()  # ... of them, those for writing
         # By file: a lock for who brings its bytes, and how many want it.
@@ -777,6 +778,43 @@ class Overlay:
         if file.writing:
             self.closes.came(file)
             self.owing.poke()
+
+    def keep_for(self, ino: int, who: int, file: LandedFile) -> None:
+        """`who` was refused what it has now open for writing as `file`, and comes again for it."""
+        with self._lock:
+            node = self.ledger.nodes.get(ino)
+            if node is not None and not self._leases_tell:
+                self.ledger.awaited[ino] += 1
+                with suppress(LandingError):  # where that cannot be noted, the next process waits for it
+                    self._note_writers(node)
+            self.awaited.keep(ino, who, file)
+
+    def kept_for(self, ino: int, who: int) -> LandedFile | None:
+        """What was kept for `who`, which is its own from now on; None: nothing. Raises LandingError."""
+        file = self.awaited.take(ino, who)
+        if file is not None and not self._leases_tell:
+            try:
+                with self._lock:
+                    self._is_awaited_no_more(ino)
+                    node = self.ledger.nodes.get(ino)
+                    if node is not None:
+                        self._note_writers(node)
+            except BaseException:
+                self.closed(ino, file)
+                raise
+        return file
+
+    def _not_come(self, ino: int, file: LandedFile) -> None:
+        with self._lock:
+            self._is_awaited_no_more(ino)
+            self.closed(ino, file)
+
+    def _is_awaited_no_more(self, ino: int) -> None:
+        self.ledger.awaited -= Counter((ino,))  # what is none is not kept
+
+    def _note_writers(self, node: Node) -> None:
+        with self.ledger.changing("await") as batch:
+            batch.set_writers(node, node.writers)
 
     def released(self, ino: int) -> None:
         """A writer that an earlier daemon counted has closed the file."""

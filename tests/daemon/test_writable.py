@@ -826,6 +826,85 @@ def test_an_open_that_is_sent_again_is_counted_once(begin: Maker) -> None:
     assert it.mounted.in_bucket("f") is not None
 
 
+def killed(life: Life) -> None:
+    """kill -9: what it had open the kernel closes, and nothing is put in order."""
+    life.mounted.overlay.awaited._closed = lambda ino, file: file.close()
+    life.mounted.overlay.awaited.give_up()
+    life.files._left = True
+    life.close()
+
+
+@pytest.mark.parametrize("comes", [True, False])
+@pytest.mark.parametrize("dirty", [True, False])
+def test_who_was_told_to_come_again_is_not_a_writer_for_the_next_daemon(
+    begin: Maker, *, comes: bool, dirty: bool
+) -> None:
+    """The daemon that refused it was killed. Whether it comes again or was killed, too: when nobody has the
+    file open, it is nobody's but the bucket's."""
+    first = begin(passthrough=False)
+    if dirty:
+        before = first.node("old")
+        first.write("old", OLD)
+    else:
+        before = first.node("old")
+    with pytest.raises(Stale):
+        first.files.open(before, RW, who=7)
+    killed(first)
+    it = begin(passthrough=False)
+    assert not it.writers
+    if comes:
+        node, opened = it.open("old")
+        it.files.write(opened.handle, 0, b"WHAT", node=node)
+        it.mounted.pay()
+        assert it.mounted.overlay.landed(nodes.path(node)), "it has it open"
+        it.files.release(opened.handle)
+    it.mounted.drain()
+    assert not it.mounted.settling.ops()
+    assert not it.mounted.overlay.landed(nodes.path(it.node("old")))
+    assert it.content("old") == (b"WHAT" + OLD[4:] if comes else OLD)
+
+
+def test_who_comes_again_is_a_writer_for_the_next_daemon(begin: Maker) -> None:
+    """It has the file open while its daemon is killed: the file is not uploaded before it closes it."""
+    first = begin(passthrough=False)
+    with pytest.raises(Stale):
+        first.files.open(first.node("old"), RW, who=7)
+    node = first.node("old")
+    opened = first.files.open(node, RW, who=7)
+    first.files.write(opened.handle, 0, b"WHAT", node=node)
+    killed(first)
+    it = begin(passthrough=False)
+    assert list(it.writers.values()) == [1]
+    it.mounted.pay()
+    assert it.mounted.overlay.landed(nodes.path(node))
+    it.files.released(opened.handle, node, RW)
+    assert not it.writers
+    it.mounted.drain()
+    assert it.content("old") == b"WHAT" + OLD[4:]
+    assert not it.mounted.overlay.landed(nodes.path(it.node("old")))
+
+
+@pytest.mark.parametrize("flags", [RW, RO, None], ids=["to write", "to read", "mknod"])
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_file_that_is_made_again_is_counted_once(begin: Maker, flags: int | None, *, opened: bool) -> None:
+    """The daemon before made it, and died before it answered, with the file open or not yet."""
+    first = begin(passthrough=False)
+    entry = first.mounted.overlay.create(ROOT, b"f", mode=0o644, uid=1, gid=2)
+    if opened:
+        first.mounted.overlay.open(entry.ino, writing=True).close()
+    killed(first)
+    it = begin(passthrough=False)
+    if flags is None:
+        it.files.mknod(ROOT, b"f", 0o644, 1, 2, again=True)
+    else:
+        _, made = it.files.create(ROOT, b"f", flags | os.O_CREAT, 0o644, 1, 2, again=True)
+        assert len(it.writers) == (flags != RO)
+        it.files.release(made.handle)
+    assert not it.writers
+    it.mounted.drain()
+    assert it.mounted.in_bucket("f") is not None
+
+
 @pytest.mark.parametrize("uploaded", [False, True])
 def test_an_open_that_empties_a_file_and_writes_nothing_leaves_it_empty(it: Life, uploaded: bool) -> None:
     """The second one, after the refusal: it is no change that could be taken back."""

@@ -383,7 +383,7 @@ def test_of_two_who_close_at_once_both_wait(it: Log) -> None:
 def test_who_never_comes_closes_for_nobody(it: Log) -> None:
     """A file that is kept open for who was refused is not one who closes it later, and waits then."""
     ino, file = it.open("/a")
-    it.mounted.overlay.awaited.keep(ino, 1, it.mounted.overlay.open(ino, writing=True))
+    it.mounted.overlay.keep_for(ino, 1, it.mounted.overlay.open(ino, writing=True))
     it.append(file, b"one")
     it.mounted.overlay.closes.announce(ino, file)
     it.early.store(ino, closing=True)
