@@ -99,19 +99,50 @@ def mounts() -> dict[str, MountInfo]:
 def find(directory: str) -> MountInfo | None:
     """The mount at `directory`, whosever it is, found without touching it."""
     table = mounts()
-    path = os.path.abspath(directory)
-    for _ in range(_SYMLINKS):
-        if path in table:
-            return table[path]
-        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-        if path in table:
-            return table[path]
-        try:
-            target = os.readlink(path)
-        except OSError:
-            return None
-        path = os.path.normpath(os.path.join(os.path.dirname(path), target))
-    return None
+    return table.get(_led_to(directory, table))
+
+
+def real(path: str) -> str:
+    """Where the links in `path` lead, as realpath(3) tells it. Nothing in a mount of ours is looked at: from
+    there on it is told as it is spelled."""
+    return _led_to(path, mounts())
+
+
+def above(path: str) -> MountInfo | None:
+    """The mount of ours that `path` lies in, or is; found without touching it."""
+    table = mounts()
+    place = _led_to(path, table)
+    around = [m for m in table.values() if m.fstype == FSTYPE and _within(place, m.directory)]
+    return max(around, key=lambda mount: len(mount.directory), default=None)
+
+
+def _led_to(path: str, table: Mapping[str, MountInfo]) -> str:
+    done, left, links = "/", _names(os.path.join(os.getcwd(), path)), 0
+    while left:
+        name = left.pop()
+        if name == "..":
+            done = os.path.dirname(done)
+            continue
+        here = os.path.join(done, name)
+        mount = table.get(here)
+        if mount is not None and mount.fstype == FSTYPE:
+            return os.path.normpath("/".join((here, *reversed(left))))
+        target = ""
+        if mount is None:  # what is mounted on is no link, and need not be asked
+            with contextlib.suppress(OSError):
+                target = os.readlink(here)
+        links += bool(target)
+        if not target or links > _SYMLINKS:
+            done = here
+            continue
+        left += _names(target)
+        done = "/" if target.startswith("/") else done
+    return done
+
+
+def _names(path: str) -> list[str]:
+    """Its parts, the last first."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
 
 
 def is_mounted(directory: str) -> MountInfo | None:

@@ -56,6 +56,7 @@ def find(target: str) -> Place | None:
     """The place that `target` names: a path in a mount, NAME:/path, the name of a data set, a URI or a
     cache directory. None when no live worker has it."""
     from datacache.cluster import registry
+    from fuse import mountpoint
 
     directory = runtime()
     name, colon, path = target.partition(":/")
@@ -64,7 +65,7 @@ def find(target: str) -> Place | None:
         return Place(worker, normal(path)) if worker else None
     if "://" not in target and (inside := _inside(target, registry.live(directory))):
         return inside
-    worker = registry.find(directory, target)
+    worker = registry.find(directory, target, real=mountpoint.real)
     return Place(worker, "/") if worker else None
 
 
@@ -92,7 +93,9 @@ def relative_to(mount: str, path: str) -> str | None:
 
 def _inside(target: str, workers: list["Registration"]) -> Place | None:
     """The deepest mount that `target` lies in, as it is spelled or else where its links lead."""
-    for resolve in (os.path.abspath, os.path.realpath):
+    from fuse import mountpoint
+
+    for resolve in (os.path.abspath, mountpoint.real):
         path = resolve(target)
         found = [
             Place(worker, inside)

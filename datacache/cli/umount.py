@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     worker = _worker(args.target, info.directory if info is not None else "")
     directory = worker.mount if worker is not None else os.path.abspath(args.target)
     if worker is None and info is None:
-        if not os.path.isdir(directory):
+        # What lies in a mount may hang, and nothing is mounted in there.
+        if mountpoint.above(args.target) is None and not os.path.isdir(directory):
             raise SettingError("DIR", args.target, "a directory, or the name of a mounted data set")
         print(f"{directory}: nothing of datacache is mounted there")
         return 0
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if worker is not None and not (args.leave or args.lazy or args.force):
         _settle(worker, directory, drain=args.drain)
     elif worker is not None:
-        left = _left(worker)
+        left = _left(worker, patience=FORCE_TIMEOUT if args.force else ASK_TIMEOUT)
     # Opened before the unmount: afterwards the number may belong to another process.
     daemon = _process(worker.pid) if worker is not None else -1
     try:
@@ -119,13 +120,13 @@ def _settle(worker: "Registration", directory: str, *, drain: bool) -> None:
         )
 
 
-def _written(worker: "Registration") -> Mapping[str, Any] | None:
+def _written(worker: "Registration", *, patience: float = ASK_TIMEOUT) -> Mapping[str, Any] | None:
     """What `status` says of writes; None where nothing can be written, or it does not answer: what it wrote
     is durable, and nothing is won by waiting."""
     from datacache.cli import targets
 
     try:
-        return targets.Place(worker, "/").control(timeout=ASK_TIMEOUT).status().get("writing")
+        return targets.Place(worker, "/").control(timeout=patience).status().get("writing")
     except ControlError:
         return None
 
@@ -142,9 +143,9 @@ def _amount(writing: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _left(worker: "Registration") -> str:
+def _left(worker: "Registration", *, patience: float) -> str:
     """What stays in the landing zone of a mount that goes without a look at that."""
-    writing = _written(worker)
+    writing = _written(worker, patience=patience)
     if not writing or not (writing["dirty_due"] or writing["dirty_files"]):
         return ""
     landing = writing["landing"]

@@ -61,10 +61,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _offline(directory: str, *, repair: bool) -> dict[str, int]:
-    if not os.path.isdir(directory):
-        raise SettingError("TARGET", directory, "a mount directory, a mounted data set or a cache directory")
     from datacache.cache.verify import verify
+    from fuse import mountpoint
 
+    if mountpoint.above(directory) is not None or not os.path.isdir(directory):
+        raise SettingError("TARGET", directory, "a mount directory, a mounted data set or a cache directory")
     show = _percent if sys.stderr.isatty() else None
     report = verify(os.path.abspath(directory), repair=repair, progress=show)
     for problem in report.problems[:SHOWN_PROBLEMS]:

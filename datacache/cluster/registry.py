@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
@@ -120,16 +120,17 @@ def live(runtime: str) -> list[Registration]:
     return sorted(found, key=lambda r: (r.started, r.pid))
 
 
-def find(runtime: str, target: str) -> Registration | None:
-    """The worker with this mount directory, data set, URI or cache directory; the oldest of several."""
-    uri, directory = target.rstrip("/"), os.path.realpath(target)
+def find(runtime: str, target: str, *, real: Callable[[str], str] = os.path.abspath) -> Registration | None:
+    """The worker with this mount directory, data set, URI or cache directory; the oldest of several.
+    `real` follows links, where that is wanted: on the way there may be a mount that hangs."""
+    uri, directory = target.rstrip("/"), real(target)
     absolute = os.path.abspath(target)
     for known in live(runtime):
         if known.dataset == target or (known.mount and known.mount in (absolute, directory)):
             return known
         if uri in (other.rstrip("/") for other in known.uris):
             return known
-        if directory in _resolved(known.caches):
+        if directory in map(real, known.caches):
             return known
     return None
 
@@ -137,10 +138,6 @@ def find(runtime: str, target: str) -> Registration | None:
 def at_socket(socket: str) -> Registration | None:
     """The registration beside `socket`, whether its process lives or not."""
     return _read(socket.removesuffix(".sock") + SUFFIX)
-
-
-def _resolved(paths: Iterable[str]) -> set[str]:
-    return {os.path.realpath(path) for path in paths}
 
 
 def _file(registration: Registration) -> str:

@@ -64,6 +64,19 @@ def test_a_mount_is_found_through_links_without_touching_it(tmp_path: Path) -> N
     assert mountpoint.find(str(tmp_path / "nothing")) is None
 
 
+def test_where_links_lead_is_told_as_the_system_does(tmp_path: Path) -> None:
+    """realpath(3) of what there is, of what there is not, and of a link that another leads to."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "to-b").symlink_to("a/b")
+    (tmp_path / "a" / "up").symlink_to("../to-b/..")
+    (tmp_path / "root").symlink_to("/")
+    (tmp_path / "nowhere").symlink_to("gone/away")
+    for path in ("", "to-b", "to-b/..", "a/up/b/x", "a/../to-b/./x//", "root/usr", "nowhere", "a/b/none/.."):
+        assert mountpoint.real(f"{tmp_path}/{path}") == os.path.realpath(f"{tmp_path}/{path}"), path
+    assert mountpoint.real("x") == os.path.realpath("x")
+    assert mountpoint.real("/") == "/"
+
+
 def test_the_state_of_a_file_system_is_asked_by_another_process(tmp_path: Path) -> None:
     """So that one that hangs hangs nobody else; errors come back as their errno."""
     assert isinstance(mountpoint.statvfs(str(tmp_path)), os.statvfs_result)

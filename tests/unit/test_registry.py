@@ -53,7 +53,9 @@ def test_a_cache_is_found_through_a_link(runtime: str, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     registry.register(runtime, replace(registration(runtime), caches=[str(tmp_path / "real")]))
-    assert registry.find(runtime, str(tmp_path / "link")) is not None
+    link = str(tmp_path / "link")
+    assert registry.find(runtime, link, real=os.path.realpath) is not None
+    assert registry.find(runtime, link) is None, "where nobody asks for it no path is looked at"
 
 
 def test_workers_come_and_go(runtime: str) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from datacache.cli import targets
+from datacache.cli.main import main as cli
 from datacache.cluster import metrics, registry
 from datacache.config.settings import MountSettings
 from datacache.errors import MountError
@@ -23,7 +25,7 @@ from fuse import mountpoint
 from fuse.__main__ import main
 from tests.conftest import AnnouncedLogs
 from tests.daemon.mounted import raising
-from tests.daemon.mounted.conftest import START, Daemon, Start
+from tests.daemon.mounted.conftest import START, STOP, Daemon, Start
 
 
 @pytest.fixture
@@ -192,6 +194,41 @@ def test_a_daemon_that_hangs_is_not_stale_and_can_be_taken_off_by_force(daemon: 
     mounted.signal(signal.SIGCONT)
     assert mounted.wait() == 0
     assert nothing_left(mounted)
+
+
+def test_who_looks_for_a_mount_that_hangs_does_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody answers what is asked of it, not even once: by name, through a link, and in it. Links before it
+    are followed all the same."""
+    monkeypatch.setenv("DATACACHE_RUNTIME", str(tmp_path / "run"))
+    hung = tmp_path / "hung"
+    hung.mkdir()
+    (tmp_path / "link").symlink_to("hung")
+    descriptor = mountpoint.mount(str(hung), source="test", allow_other=False)
+    said: list[object] = []
+
+    def look() -> None:
+        for path in (hung, hung / "a/b", tmp_path / "link/a", hung / "a/../.."):
+            said.append(mountpoint.real(str(path)))
+        said.append(mountpoint.is_mounted(f"{tmp_path}/link") is not None)
+        said.append(mountpoint.is_mounted(f"{hung}/a") is None)
+        said.append([targets.find(str(path)) for path in (hung / "a", tmp_path / "link/a")])
+        for command in ("status", "stat", "verify", "umount"):
+            said.append(cli([command, f"{tmp_path}/link/a"]))
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        looking.join(START)
+        assert not looking.is_alive(), f"it hangs after {said}"
+    finally:
+        mountpoint.unmount(str(hung), lazy=True)
+        os.close(descriptor)  # whoever hangs is told an error
+        looking.join(STOP)
+    assert said == [
+        str(hung), f"{hung}/a/b", f"{hung}/a", str(tmp_path), True, True, [None, None], 1, 1, 2, 0,
+    ]  # fmt: skip
 
 
 def test_the_end_of_a_daemon_spares_the_mount_of_its_successor(
