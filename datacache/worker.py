@@ -28,6 +28,7 @@ from datacache.cluster.control import CachedPath
 from datacache.cluster.registry import Registration
 from datacache.config.keys import applicable
 from datacache.config.settings import Settings, TierSettings
+from datacache.config.spelling import spelled
 from datacache.errors import ControlError, SettingError
 from datacache.index.index import ROOT, Index
 from datacache.index.live import LiveIndex
@@ -103,6 +104,7 @@ class Worker:
         self._replaced: list[Callable[[Sequence[Entry]], None]] = []
         self._started = self.clock.wall()
         self._since = self.clock.monotonic()
+        self._spelled = spelled(settings)
         self._attached: dict[str, Callable[[], dict[str, Any]]] = {}
         self._jobs: deque[str] = deque(maxlen=_JOBS_SHOWN)
         self._pins_lock = threading.Lock()
@@ -260,6 +262,7 @@ class Worker:
             "consistency": "immutable" if self.settings.dataset.manifest else str(index.consistency),
             "snapshot": index.snapshot,
             "state": self.settings.state,
+            "settings": self._spelled,
             "manifest": self.settings.dataset.manifest,
             "mounts": [
                 {"uri": point.uri, "path": point.path, "options": dict(point.options)}

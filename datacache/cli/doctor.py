@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from datacache.cli import flags, targets
+from datacache.cli import flags, permission, targets
 from datacache.cli.tables import as_json, count
 from datacache.clock import Clock, SystemClock
 from datacache.errors import DatacacheError, Denied, NotFound, Unavailable
@@ -311,7 +311,7 @@ def file_system_type(directory: str, table: bytes) -> str:
     """Type of the file system that `directory` is on, by a mountinfo `table`."""
     from fuse import mountpoint
 
-    path = os.path.realpath(directory)
+    path = mountpoint.real(directory)
     above = [
         m for m in mountpoint.parse_mountinfo(table) if targets.relative_to(m.directory, path) is not None
     ]
@@ -450,7 +450,7 @@ def _refusal(error: DatacacheError) -> str:
 
 def _may_write(error: DatacacheError) -> str:
     if isinstance(error, Denied):
-        return "credentials that may put and delete objects, or mount without --rw"
+        return permission.ADVICE
     return _advice(error)
 
 

@@ -20,13 +20,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from datacache.cli import flags
+from datacache.cli import flags, permission
 from datacache.errors import ControlError, DatacacheError, Denied, MountError, NotFound, SettingError
 
 if TYPE_CHECKING:
@@ -115,10 +115,15 @@ def _mounted(settings: "Settings", *, foreground: bool) -> int:
         with _locked(directory):
             if (already := _already(settings)) is not None:
                 return already
-            daemon.start()
-            daemon.wait_until_mounted()
-            _wait_until_it_answers(directory)
-            _ask_the_store(directory, may_be_empty=settings.writing.enabled)
+            sinks = permission.sinks_of(settings, patience=STORE_TIMEOUT)
+            with permission.Permission(sinks, patience=STORE_TIMEOUT) as asked:
+                daemon.start()
+                daemon.wait_until_mounted()
+                _wait_until_it_answers(directory)
+                answers = _ask_the_store(directory, may_be_empty=settings.writing.enabled)
+                for doubt in asked.check():
+                    if answers:  # else that is said already
+                        _say(f"warning: {doubt}")
         if not foreground:
             print(f"{settings.dataset.name}: mounted at {directory}")
             return 0
@@ -308,8 +313,7 @@ def real(directory: str) -> str:
 
     if not directory:
         return ""
-    info = mountpoint.is_mounted(directory)
-    return info.directory if info is not None else os.path.realpath(directory)
+    return mountpoint.real(directory)
 
 
 def _check_landing(settings: "Settings") -> None:
@@ -329,7 +333,8 @@ def _check_landing(settings: "Settings") -> None:
 
 
 def _already(settings: "Settings") -> int | None:
-    """0 when this very data set is mounted there, None when nothing is. Raises when another one is."""
+    """0 when this very data set is mounted there so, None when nothing is. Raises when another one is, or in
+    another way."""
     from datacache.cli import targets
     from fuse import mountpoint
 
@@ -348,12 +353,47 @@ def _already(settings: "Settings") -> int | None:
                 f"{directory}: {dataset.name} is mounted there {how} (process {worker.pid}); "
                 f"`datacache umount {directory}` first, to mount it {wanted} --rw"
             )
-        _say(f"{directory}: {dataset.name} is mounted there already (process {worker.pid})")
-        return 0
+        return _as_it_is(settings, shown, worker.pid)
     raise MountError(
         f"{directory}: {worker.dataset} is mounted there (process {worker.pid}); "
         f"`datacache umount {directory}` first"
     )
+
+
+def _as_it_is(settings: "Settings", shown: Mapping[str, Any], pid: int) -> int:
+    """0 when the data set is mounted with these settings, as its status has `shown`; credentials are nobody's
+    to compare. Raises MountError when it is with others."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from datacache.config.spelling import KEPT, differing, spelled
+
+    directory, wanted = settings.mount.directory, spelled(settings)
+    if settings.log_file in ("", _log_in(settings.state)):
+        del wanted["log-file"]  # nobody asked for one
+    there = f"{directory}: {settings.dataset.name} is mounted there already (process {pid})"
+    others = differing(shown.get("settings", {}), wanted)
+    if not others:
+        _say(there)
+        return 0
+    said = ", ".join(f"{name} {was or 'none'} (not {then or 'none'})" for name, (was, then) in others.items())
+    kept = sorted(others.keys() & KEPT)
+    if not kept and shown["broker"]:
+        advice = "`datacache upgrade` with the same arguments changes them"
+    else:
+        why = (
+            f"{', '.join(kept)} cannot change while it is mounted"
+            if kept
+            else "its driver cannot change them"
+        )
+        advice = f"`datacache umount {directory}` first, since {why}"
+    line = f"{there} with other settings: {said}; {advice}"
+    ours = "unknown"
+    with suppress(PackageNotFoundError):
+        ours = version("dataset-cache")
+    if shown["version"] != ours:
+        _say(f"warning: {line}")  # it may be what nobody chose, and was another choice of ours then
+        return 0
+    raise MountError(line)
 
 
 @contextmanager
@@ -396,8 +436,8 @@ def _wait_until_it_answers(directory: str) -> None:
         raise MountError(f"{directory}: the daemon says that it is mounted, the kernel that it is not")
 
 
-def _ask_the_store(directory: str, *, may_be_empty: bool) -> None:
-    """Raise when the store says that there is no such bucket, or that it is not for us.
+def _ask_the_store(directory: str, *, may_be_empty: bool) -> bool:
+    """Raise when the store says that there is no such bucket, or that it is not for us; whether it answers.
 
     A store that is away is no reason not to mount: what is cached is served. A listing that takes its
     time goes on while we return; whoever looks into the mount first needs it anyway.
@@ -406,7 +446,7 @@ def _ask_the_store(directory: str, *, may_be_empty: bool) -> None:
 
     worker = next((known for known in targets.live() if known.mount == directory), None)
     if worker is None:
-        return  # unmounted in the meantime
+        return True  # unmounted in the meantime
     try:
         entries, _ = targets.Place(worker, "/").control(timeout=STORE_TIMEOUT).list("/", limit=1)
     except (NotFound, Denied):
@@ -414,9 +454,10 @@ def _ask_the_store(directory: str, *, may_be_empty: bool) -> None:
     except DatacacheError as error:
         why = f"nothing within {STORE_TIMEOUT:.0f} s" if isinstance(error, ControlError) else error
         _say(f"warning: mounted, but its store does not answer ({why}); what is cached is served")
-        return
+        return False
     if not entries and not may_be_empty:
         _say(f"warning: mounted, but there is nothing below {', '.join(worker.uris)}; check the prefix")
+    return True
 
 
 def tell_systemd(state: str) -> None:

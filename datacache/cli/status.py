@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 ANSWER_TIMEOUT = 10.0
 """Seconds for a worker to say how it is. It asks no store for that."""
-_SCRIPTS_ONLY = ("mounts",)
-"""What --json has and nobody reads twice: `sources` names the stores."""
+_SCRIPTS_ONLY = ("mounts", "settings")
+"""What --json has and nobody reads twice: `sources` names the stores; or is there to be looked up."""
 _TOLD = ("dataset", "mount", "pid", "tiers", "writing")
 """What has lines of its own."""
 _SHOWN = 5

@@ -157,7 +157,7 @@ _STATUS_ANSWER = {
     **_object(
         dataset=_TEXT, mount=_TEXT, pid=_NUMBER, broker=_NUMBER, version=_TEXT, started=_schema(float),
         uptime=_schema(float), rss_bytes=_NUMBER, draining=_YES, consistency=_TEXT, snapshot=_TEXT,
-        state=_TEXT, manifest=_TEXT,
+        state=_TEXT, settings=_schema(dict[str, str]), manifest=_TEXT,
         mounts={"type": "array", "items": _object(uri=_TEXT, path=_TEXT, options=_ANY)},
         index=_object(files=_NUMBER, bytes=_NUMBER, directories=_NUMBER, stale=_NUMBER, listings=_NUMBER),
         tiers={

@@ -186,13 +186,13 @@ def _act(fault: Fault | None, *, at_once: bool = True) -> None:
 
 
 class FaultySink:
-    """`inner` with scripted faults, per operation ("put", "copy", "delete", "find", "abandon"): Fail, Before
-    and Hold come before the effect, Lost after it, StopAfter in the midst of a put."""
+    """`inner` with scripted faults, per operation ("check_writable", "put", "copy", "delete", "find",
+    "abandon"): Fail, Before and Hold come before the effect, Lost after it, StopAfter in a put."""
 
     def __init__(self, inner: Sink, script: Script | None = None) -> None:
         self.inner = inner
         self._lock = threading.Lock()  # guards what follows
-        operations = ("put", "copy", "delete", "find", "abandon")
+        operations = ("check_writable", "put", "copy", "delete", "find", "abandon")
         self._faults = {operation: deque((script or {}).get(operation, ())) for operation in operations}
         self.calls: Counter[str] = Counter()
         if unknown := (script or {}).keys() - self._faults.keys():
@@ -216,6 +216,10 @@ class FaultySink:
         """Let these befall the next calls of `operation`, after what the script still holds."""
         with self._lock:
             self._faults[operation].extend(faults)
+
+    def check_writable(self) -> None:
+        with self._befalling("check_writable"):
+            self.inner.check_writable()
 
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put

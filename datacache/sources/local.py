@@ -210,6 +210,13 @@ class LocalSink:
     def accepts(self, key: str) -> bool:
         return len(_raw(key)) <= KEY_MAX
 
+    def check_writable(self) -> None:
+        there = self._root
+        while not os.path.lexists(there):  # it would be made
+            there = os.path.dirname(there)
+        if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+            raise Denied(f"{self._uri}: {_text(there)} cannot be written to")
+
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put
     ) -> Stored:

@@ -294,6 +294,9 @@ class MemorySink:
     def accepts(self, key: str) -> bool:
         return len(key.encode("utf-8", "surrogateescape")) <= KEY_MAX
 
+    def check_writable(self) -> None:
+        """It always can be."""
+
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put
     ) -> Stored:

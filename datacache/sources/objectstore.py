@@ -18,6 +18,7 @@ all the same, part by part, so that a close waits for a stalled one for as long 
 import asyncio
 import re
 import threading
+import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
@@ -409,6 +410,16 @@ class ObjectStoreSink:
 
     def accepts(self, key: str) -> bool:
         return can_name(self._prefix + key) and fits(self._prefix + key)
+
+    def check_writable(self) -> None:
+        # Of what is not there, on condition that it has a version that nothing has.
+        whole = f"{self._prefix}.datacache-condition-{uuid.uuid4().hex}"
+        try:
+            self._send(whole, b"", self._uri, mode={"e_tag": '"0"', "version": "1"}, use_multipart=False)
+        except VersionChanged:
+            return
+        with suppress(NotFound):  # an emulator that passes over conditions
+            _asking(lambda: obstore.delete(self._store, whole), self._uri)
 
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put

@@ -22,9 +22,9 @@ import json
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import blake2b, md5
 from typing import Any, NamedTuple, TypeVar
@@ -72,6 +72,8 @@ STALL = 60.0
 """Seconds without a byte after which a request is given up. Stores answer a completion or a copy when it is
 done, and nobody waits for an upload as for a read."""
 _NEVER = '"00000000000000000000000000000000"'
+_PROBE = ".datacache-condition-"
+"""What the names begin with that the bucket is asked about."""
 
 
 def plan(size: int, part: int = PART) -> list[ByteRange]:
@@ -146,6 +148,19 @@ class S3Sink:
 
     def accepts(self, key: str) -> bool:
         return fits(self._whole(key))
+
+    def check_writable(self) -> None:
+        with self._lock:
+            if self._conditional is not False:
+                self._conditional = self._signed(self._ask)
+                return
+        key = self._whole(f"{_PROBE}{uuid.uuid4().hex}")  # an upload that nobody sees is begun, and ended
+
+        def begin_and_abort() -> None:
+            self._client.abort(key, self._client.begin(key))
+
+        with _unnamed(key.removeprefix(self._bucket.prefix)):
+            self._signed(begin_and_abort)
 
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put
@@ -390,17 +405,15 @@ class S3Sink:
             return self._conditional
 
     def _ask(self) -> bool:
-        name = f".datacache-condition-{uuid.uuid4().hex}"
+        name = f"{_PROBE}{uuid.uuid4().hex}"
         key = self._bucket.prefix + name
         nothing = md5(b"", usedforsecurity=False).digest()
         try:
-            self._client.store(key, b"", md5=nothing, condition={"IfMatch": _NEVER})
+            with _unnamed(name):
+                self._client.store(key, b"", md5=nothing, condition={"IfMatch": _NEVER})
         except VersionChanged:
             return True
-        except SourceError as error:
-            error.args = (str(error).replace(name, ""), *error.args[1:])  # nobody has heard of that name
-            if not isinstance(error, Unsupported):
-                raise
+        except Unsupported as error:
             _log.info("%s knows no conditional puts: %s", self.uri, error)
             return False
         self._client.remove(key, condition={})
@@ -435,6 +448,16 @@ class S3Sink:
 
     def _signed(self, act: Callable[[], T]) -> T:
         return self._credentials.signed(act)
+
+
+@contextmanager
+def _unnamed(name: str) -> Iterator[None]:
+    """Errors say nothing of a name of ours that nobody has heard of."""
+    try:
+        yield
+    except SourceError as error:
+        error.args = (str(error).replace(name, ""), *error.args[1:])
+        raise
 
 
 def _tag(answer: Answer) -> str:

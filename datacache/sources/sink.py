@@ -114,6 +114,10 @@ class Sink(Protocol):
     def accepts(self, key: str) -> bool:
         """Whether there can be such a key: what it is made of, and how long it is. Asks nobody."""
 
+    def check_writable(self) -> None:
+        """Raise what a put would be refused with, as far as the store tells that of a request by which it
+        keeps nothing; where there is no such request, nothing is raised."""
+
     def put(
         self, key: str, content: Content, *, expected: Expected, metadata: Mapping[str, str], put: Put
     ) -> Stored:

@@ -102,6 +102,16 @@ class SinkSuite:
         assert stored.info.key == "a/b"
         assert stored.verified in ("digest", "size")
 
+    def test_who_asks_whether_it_can_be_written_leaves_nothing(self, made: Made) -> None:
+        """Before there is anything, and as often as one likes; what is there stays."""
+        made.sink.check_writable()
+        assert not [info for page in made.source.list("", recursive=True) for info in page.objects]
+        put(made, "a", b"one")
+        made.sink.check_writable()
+        assert [i.key for page in made.source.list("", recursive=True) for i in page.objects] == ["a"]
+        assert read(made, "a") == b"one"
+        assert made.unfinished() == 0
+
     def test_an_empty_object(self, made: Made) -> None:
         """No bytes are bytes, too."""
         assert put(made, "empty", b"", expected=NOTHING).info.size == 0

@@ -37,7 +37,8 @@ SETTINGS = SourceSettings(timeout=5, stall_timeout=2, connect_timeout=2)
 @contextmanager
 def sink_at(endpoint: str, *, part: int = PART, **more: object) -> Iterator[S3Sink]:
     environment = KEYS | more.pop("environment", {})  # type: ignore[operator]
-    bucket = Bucket("s3", "bucket", endpoint=endpoint, environment=environment, **{"style": "path", **more})  # type: ignore[arg-type]
+    more = {"scheme": "s3", "style": "path", **more}
+    bucket = Bucket(name="bucket", endpoint=endpoint, environment=environment, **more)  # type: ignore[arg-type]
     with closing(
         S3Sink(find_bucket(bucket), settings=SETTINGS, clock=SystemClock(), part=part, parts_at_once=2)
     ) as sink:
@@ -52,6 +53,50 @@ def s3() -> Iterator[FaultyS3]:
 
 def kinds(server: FaultyS3) -> list[str]:
     return [request.kind for request in server.requests]
+
+
+# ---- whether it can be written to at all ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["s3", "oss"])
+def test_credentials_that_only_read_are_found_out_by_one_request(scheme: str, s3: FaultyS3) -> None:
+    """A put that must fail, or where conditions mean nothing an upload that is never completed: it is refused
+    as what is put later would be."""
+    s3.add("put", Status(403, "AccessDenied"))
+    s3.add("create", Status(403, "AccessDenied"))
+    with sink_at(s3.endpoint, prefix="p/", scheme=scheme) as sink, pytest.raises(Denied) as caught:
+        sink.check_writable()
+    assert "datacache-condition" not in str(caught.value)
+    assert kinds(s3) == ["put" if scheme == "s3" else "create"]
+
+
+@pytest.mark.parametrize(("scheme", "asked"), [("s3", ["put"]), ("oss", ["create", "abort"])])
+def test_who_may_write_is_told_so_without_an_object(scheme: str, asked: list[str], s3: FaultyS3) -> None:
+    """Nothing is there at any time that a listing would show."""
+    with sink_at(s3.endpoint, prefix="p/", scheme=scheme) as sink:
+        sink.check_writable()
+    assert kinds(s3) == asked
+    assert not s3.objects
+    assert not s3.uploads
+
+
+def test_a_store_that_passes_over_conditions_is_left_as_it_was() -> None:
+    """What it stores is removed; from then on it is asked with an upload that is never completed."""
+
+    def answer(request: Request) -> Answer:
+        if request.method == "POST":
+            return Answer(
+                200, b"<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>"
+            )
+        return Answer(204 if request.method == "DELETE" else 200, b"", {"ETag": '"tag"'})
+
+    with StubServer(answer) as server, sink_at(server.url) as sink:
+        for _ in range(2):
+            sink.check_writable()
+    asked = [(one.method, one.path.partition("?")[0]) for one in server.requests]
+    assert [method for method, _ in asked] == ["PUT", "DELETE", "POST", "DELETE"]
+    assert asked[0][1] == asked[1][1]
+    assert asked[2][1] == asked[3][1]
 
 
 # ---- a small object by the shorter way ------------------------------------------------------------

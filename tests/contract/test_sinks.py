@@ -13,7 +13,7 @@ from obstore.store import MemoryStore
 
 from datacache.clock import SystemClock
 from datacache.config.settings import SourceSettings
-from datacache.errors import SettingError, Unavailable, Unsupported
+from datacache.errors import Denied, SettingError, Unavailable, Unsupported
 from datacache.model import MountPoint, TiB
 from datacache.sources.aws import Bucket, find_bucket
 from datacache.sources.faulty import Fail, FaultySink, Lost
@@ -103,6 +103,25 @@ class TestObjectStore(SinkSuite):
         """There are none."""
         with pytest.raises(Unsupported):
             put(made, "dir/", b"")
+
+
+def test_a_directory_that_is_for_reading_only(tmp_path: Path) -> None:
+    """Said before anything is put; also of one that would have to be made in it."""
+    (tmp_path / "root").mkdir()
+    for path in (tmp_path / "root", tmp_path / "new" / "deep"):
+        LocalSink(str(path)).check_writable()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "root").chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)  # whom no mode holds off
+    try:
+        for path in (tmp_path / "root", tmp_path / "root" / "deep"):
+            with pytest.raises(Denied, match="cannot be written to"):
+                LocalSink(str(path)).check_writable()
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 def test_a_lost_answer_is_found_by_its_mark() -> None:
