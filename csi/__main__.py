@@ -21,6 +21,7 @@ from datacache.cli.main import Parser, UsageError
 from datacache.config.keys import PATH
 from datacache.errors import DatacacheError, SettingError
 from datacache.kube.release import DRIVER, TIER_ROOTS, Release
+from datacache.model import parse_duration
 from datacache.telemetry import redact, set_up_logging
 
 if TYPE_CHECKING:
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROGRAM = "datacache-csi"
-GRACE = 25.0
-"""Seconds that calls under way are given at the end: Kubernetes kills after 30."""
+GRACE = 15.0
+"""Seconds that calls under way are given at the end."""
+LINGER = 10.0
+"""... and workers that have just ended, for the next one to come. Kubernetes kills after 30."""
 
 _POD = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 """By which a pod that may ask the API of its cluster is told from all else."""
@@ -77,17 +80,25 @@ def parser() -> Parser:
         help="how to reach the API of the cluster, for CacheNodes and Datasets that are gone; default: as "
         "the pod that this is, or not at all",
     )  # fmt: skip
+    made.add_argument(
+        "--takeover-timeout", metavar="DURATION", default="2m",
+        help="how long a volume waits for a worker before what is asked of it fails (default: %(default)s)",
+    )  # fmt: skip
     made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     made.add_argument("--log-format", default="text", choices=("text", "json"))
     return made
 
 
-def serve(*, node_id: str, kubelet: str, endpoint: str, roots: "Roots", kubeconfig: str) -> None:
-    """Answer calls, and keep the node's accounts, until a signal. Raises SettingError for what was named
-    wrongly."""
+def serve(
+    *, node_id: str, kubelet: str, endpoint: str, roots: "Roots", kubeconfig: str, takeover: float
+) -> None:
+    """Answer calls, and keep the node's accounts, until a signal. `takeover`: seconds without a worker after
+    which a Dataset's volume answers EIO. Raises SettingError for what was named wrongly."""
     # Here, since help and mistakes need none of it.
     from csi.controller import Controller
     from csi.identity import Identity
+    from csi.mounter.datasets import LinuxDatasetMounter
+    from csi.mounter.holders import Holders
     from csi.mounter.linux import LinuxMounter
     from csi.node import Node
     from csi.records import Records
@@ -107,7 +118,11 @@ def serve(*, node_id: str, kubelet: str, endpoint: str, roots: "Roots", kubeconf
     except OSError as error:
         raise SettingError("--kubelet-dir", kubelet, f"one that can be written ({error.strerror})") from error
     environment = dict(os.environ)
-    node = Node(LinuxMounter(), records, node_id=node_id, kubelet=kubelet, environment=environment)
+    holders = Holders(roots.run, patience=takeover)
+    node = Node(
+        LinuxMounter(), LinuxDatasetMounter(holders), records, node_id=node_id, kubelet=kubelet,
+        environment=environment,
+    )  # fmt: skip
     services = csi_pb2.DESCRIPTOR.services_by_name
     calls = Server(
         path,
@@ -122,6 +137,9 @@ def serve(*, node_id: str, kubelet: str, endpoint: str, roots: "Roots", kubeconf
         os.path.join(registry, f"{DRIVER}-reg.sock"), [(registering, Registration(path))]
     )  # fmt: skip
     with ExitStack() as running, _Told() as told:
+        running.enter_context(holders)
+        running.callback(holders.linger, LINGER)  # what only we hold ends with us
+        node.go_on()
         calls.start()
         running.callback(calls.stop, GRACE)
         running.enter_context(_accounts(node_id, roots, records, kubeconfig))
@@ -140,7 +158,7 @@ def _accounts(node: str, roots: "Roots", records: "Records", kubeconfig: str) ->
     from csi.residents import Register
     from csi.tmpfs import LinuxMemory
     from datacache.clock import SystemClock
-    from datacache.kube.manifests import volume_name
+    from datacache.kube.release import volume_name
 
     clock, memory, stop = SystemClock(), LinuxMemory(), threading.Event()
     with ExitStack() as running:
@@ -238,9 +256,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(done.code or 0)
         node_id, kubelet = _node(args.node_id), _kubelet(args.kubelet_dir)
         roots = _roots(args.state_dir, args.run_dir, args.tier_root)
+        takeover = parse_duration(args.takeover_timeout, name="--takeover-timeout")
+        if not 1 <= takeover < float("inf"):
+            raise SettingError("--takeover-timeout", args.takeover_timeout, "a duration of 1s or more")
         set_up_logging(level=args.log_level, style=args.log_format)
         serve(
-            node_id=node_id, kubelet=kubelet, endpoint=args.endpoint, roots=roots, kubeconfig=args.kubeconfig
+            node_id=node_id, kubelet=kubelet, endpoint=args.endpoint, roots=roots, kubeconfig=args.kubeconfig,
+            takeover=takeover,
         )  # fmt: skip
     except (UsageError, SettingError) as error:
         return _fail(2, str(error))

@@ -4,6 +4,9 @@ The node service: a data set is mounted once on a node (stage), and bound to eac
 Every call does what is missing and no more, so it may be made again after anything: after an answer that was
 lost, and after a kill of this process between any two steps. What is there is read from the mount table each
 time. Two calls for one volume at once would get into each other's way: the second is told to come again.
+
+The volume of a Dataset is served by the Dataset's worker, another is mounted by itself; what is mounted once
+is bound to pods in the same way.
 """
 
 import logging
@@ -13,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from csi import volume
-from csi.mounter import Mounted, Mounter
+from csi.mounter import DatasetMounter, Mounted, Mounter
 from csi.records import Record, Records, digest
 from csi.v1 import csi_pb2 as v1
 from datacache.errors import (
@@ -41,16 +44,22 @@ class Node:
     """`kubelet`: the kubelet's directory; `environment`: of this process, for defaults of settings."""
 
     def __init__(
-        self, mounter: Mounter, records: Records, *, node_id: str, kubelet: str,
+        self, mounter: Mounter, datasets: DatasetMounter, records: Records, *, node_id: str, kubelet: str,
         environment: Mapping[str, str],
     ) -> None:  # fmt: skip
-        self._mounter, self._records = mounter, records
+        self._mounter, self._datasets, self._records = mounter, datasets, records
         self._node_id, self._kubelet, self._environment = node_id, kubelet, environment
         self._lock = threading.Lock()
         self._busy: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<Node {self._node_id}>"
+
+    def go_on(self) -> None:
+        """Take up what a process before us has staged. Raises MountError."""
+        for record in self._records.all():
+            if record.dataset:
+                self._datasets.expect(record.dataset)
 
     # ---- once a node -----------------------------------------------------------------------------
 
@@ -60,12 +69,16 @@ class Node:
         volume_id = volume.identity(request.volume_id)
         staging = self._place(request.staging_target_path, "staging_target_path")
         volume.check_capability(request.volume_capability)
-        tree = volume.settings(
-            volume_id, request.volume_context, read_only=volume.is_read_only(request.volume_capability),
-            environment=self._environment,
-        )  # fmt: skip
+        read_only = volume.is_read_only(request.volume_capability)
+        dataset = volume.dataset(volume_id, request.volume_context)
+        tree: dict[str, str | list[str]] = {}
+        if dataset is None:
+            tree = volume.settings(
+                volume_id, request.volume_context, read_only=read_only, environment=self._environment
+            )
+        attributes = tree if dataset is None else {"dataset": str(dataset), "rw": not read_only}
         secrets = volume.check_secrets(request.secrets)
-        record = Record(volume_id, staging, digest(tree))
+        record = Record(volume_id, staging, digest(attributes), dataset.uid if dataset is not None else "")
         with self._alone(volume_id):
             shown = self._ours(staging)
             known = self._records.get(volume_id)
@@ -77,7 +90,13 @@ class Node:
                 )
             self._records.put(record)
             try:
-                self._mounter.show(staging, tree, secrets, within=within)
+                if dataset is None:
+                    self._mounter.show(staging, tree, secrets, within=within)
+                else:
+                    self._datasets.show(
+                        dataset.uid, staging, name=str(dataset), writable=not read_only,
+                        used=bool(self._published(staging)), within=within,
+                    )  # fmt: skip
             except (SettingError, MountError, TookTooLong):
                 if self._mounter.at(staging) is None:
                     self._records.drop(volume_id)
@@ -90,15 +109,20 @@ class Node:
         volume_id = volume.identity(request.volume_id)
         staging = self._place(request.staging_target_path, "staging_target_path")
         with self._alone(volume_id):
+            known = self._records.get(volume_id)
+            dataset = known.dataset if known is not None else ""
             if self._ours(staging) is not None:
                 if binds := self._published(staging):
                     places = ", ".join(sorted(binds)[:_NAMED])
                     raise VolumeInUse(f"{volume_id} is still published ({len(binds)}: {places})")
-                if owed := self._mounter.owed(staging):
+                if owed := self._datasets.owed(dataset) if dataset else self._mounter.owed(staging):
                     raise VolumeInUse(
                         f"{volume_id}: {owed} not in the bucket yet; the mount stays until they are"
                     )
-                self._mounter.take_off(staging, within=within)
+                if not dataset:
+                    self._mounter.take_off(staging, within=within)
+            if dataset:
+                self._datasets.take_off(dataset, staging)
             self._records.drop(volume_id)
         return v1.NodeUnstageVolumeResponse()
 
@@ -120,7 +144,7 @@ class Node:
             known = self._records.get(volume_id)
             if staged is None or (known is not None and known.staging != staging):
                 raise NotStaged(f"{volume_id} is not staged at {staging}")
-            self._mounter.usage(staging)  # else a pod would start on a mount that is dead
+            self._check_answers(staging, known)  # else a pod would start on a mount that is dead
             there = self._ours(target)
             if there is not None and there.device != staged.device:
                 log.warning("%s shows a mount that is gone; it is taken off", target)
@@ -193,6 +217,15 @@ class Node:
         """Where pods see what is mounted on `staging`. What the kernel shows elsewhere, because the kubelet's
         directory is there, too, goes with the mount itself."""
         return [bind for bind in self._mounter.binds(staging) if volume.is_below(bind, self._kubelet)]
+
+    def _check_answers(self, staging: str, known: Record | None) -> None:
+        """Raise MountError unless what is mounted on `staging` answers."""
+        try:
+            self._mounter.usage(staging)
+        except MountError as error:
+            if known is None or not known.dataset:
+                raise
+            raise MountError(self._datasets.trouble(known.dataset, staging)) from error
 
     def _ours(self, directory: str) -> Mounted | None:
         """What of ours is mounted on `directory`. Raises VolumeDiffers where somebody else's mount is."""

@@ -27,6 +27,8 @@ class Record:
     """Where its data set is mounted on this node."""
     attributes: str
     """A digest of the settings that it is mounted with."""
+    dataset: str = ""
+    """The uid of the Dataset whose worker serves it; empty: it is served by itself."""
 
 
 def digest(tree: Mapping[str, object]) -> str:
@@ -52,12 +54,14 @@ class Records:
 
     def get(self, volume: str) -> Record | None:
         """The record of `volume`; None where there is none that can be read."""
-        try:
-            with open(self._file(volume), encoding="utf-8") as file:
-                record = Record(**json.loads(file.read(_MAX)))
-        except (OSError, ValueError, TypeError):
-            return None
-        return record if record.volume == volume else None
+        record = _read(self._file(volume))
+        return record if record is not None and record.volume == volume else None
+
+    def all(self) -> list[Record]:
+        """The records of all volumes; what cannot be read is none."""
+        names = [name for name in sorted(os.listdir(self._directory)) if name.endswith(_SUFFIX)]
+        found = [_read(os.path.join(self._directory, name)) for name in names]
+        return [record for record in found if record is not None]
 
     def put(self, record: Record) -> None:
         """Write `record`, in the place of what there was of its volume."""
@@ -75,6 +79,14 @@ class Records:
     def _file(self, volume: str) -> str:
         name = hashlib.blake2b(volume.encode(), digest_size=16).hexdigest()
         return os.path.join(self._directory, name + _SUFFIX)
+
+
+def _read(path: str) -> Record | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return Record(**json.loads(file.read(_MAX)))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _private(path: str, flags: int) -> int:

@@ -5,17 +5,22 @@ The attributes of a volume are settings (docs/configuration.md) under their name
 separated by `;`. They come from whoever may make a PersistentVolume or a StorageClass, which are
 administrators, so they may name paths of the node. A pod's inline volume comes from anybody, and is refused.
 Whatever will not do raises SettingError under the name that the user wrote.
+
+The volume of a Dataset has other attributes: which Dataset it is. The controller makes it; all else is the
+business of the Dataset's worker.
 """
 
 import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from csi.v1 import csi_pb2 as v1
 from datacache.config.keys import KEYS, NAME, is_credential
 from datacache.config.parsing import read_settings
 from datacache.errors import NoSuchVolume, SettingError
+from datacache.kube.release import volume_name
 
 MAX_TEXT = 128
 """Bytes of a volume's id at most, as CSI has it."""
@@ -92,6 +97,48 @@ def is_read_only(capability: v1.VolumeCapability, *, asked: bool = False) -> boo
     return asked or capability.access_mode.mode in _READERS or "ro" in capability.mount.mount_flags
 
 
+# ---- volumes of Datasets ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Which Dataset a volume is of."""
+
+    namespace: str
+    name: str
+    uid: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+def dataset(volume_id: str, context: Mapping[str, str]) -> Dataset | None:
+    """The Dataset of a volume; None for one that says itself what it shows."""
+    check_persistent(volume_id, context)
+    given = attributes(context)
+    if _DATASET not in given:
+        return None
+    for name, text in given.items():
+        if name not in _OF_DATASET:
+            expected = "none: the volume of a Dataset has what the Dataset says"
+            raise SettingError(_named(name), text, expected)
+    namespace, name, uid = (given.get(key, "") for key in _OF_DATASET)
+    # It becomes that of a directory.
+    if not re.fullmatch(r"[0-9a-zA-Z][0-9a-zA-Z-]{0,63}", uid, re.ASCII):
+        raise SettingError(_named("uid"), uid, "the uid of a Dataset")
+    for key, text in (("namespace", namespace), ("dataset", name)):
+        if not re.fullmatch(r"[0-9a-z]([0-9a-z.-]{0,251}[0-9a-z])?", text, re.ASCII):
+            raise SettingError(_named(key), text, "the name of an object in Kubernetes")
+    if volume_id != volume_name(uid):
+        raise SettingError(
+            "volumeHandle", volume_id, f"{volume_name(uid)}: the controller makes these volumes"
+        )
+    return Dataset(namespace, name, uid)
+
+
+_OF_DATASET = ("namespace", _DATASET, "uid")
+
+
 # ---- attributes ----------------------------------------------------------------------------------
 
 
@@ -106,7 +153,7 @@ def settings(
     given: dict[str, str | list[str]] = {}
     check_persistent(volume_id, context)
     if _DATASET in context:
-        expected = "a uri: volumes of Datasets are not there yet"
+        expected = "a uri: the controller makes the volume of a Dataset, and its claim"
         raise SettingError(_named(_DATASET), context[_DATASET], expected)
     for name, text in attributes(context).items():
         key = name.replace("_", "-")
@@ -184,5 +231,5 @@ def created(name: str) -> str:
 
 def check_exists(volume_id: str, context: Iterable[str]) -> None:
     """Raise NoSuchVolume unless it is one of ours: we made its id, or it says what it shows."""
-    if not _CREATED.fullmatch(volume_id) and not {"uri", "mounts", "manifest"} & set(context):
+    if not _CREATED.fullmatch(volume_id) and not {"uri", "mounts", "manifest", _DATASET} & set(context):
         raise NoSuchVolume(f"there is no volume {volume_id!r}")

@@ -210,13 +210,16 @@ class Worker:
             else [point.uri for point in self.settings.dataset.mounts],
         )  # fmt: skip
 
-    def attach(self, name: str, stats: Callable[[], dict[str, Any]]) -> None:
-        """Let `status` show what `stats` returns as `name` (the mount's figures)."""
+    def attach(self, name: str, stats: Callable[[], dict[str, Any]]) -> Callable[[], object]:
+        """Let `status` show what `stats` returns as `name` (the mount's figures), until what is returned is
+        called."""
         self._attached[name] = stats
+        return lambda: self._attached.pop(name, None)
 
-    def on_replaced(self, tell: Callable[[Sequence[Entry]], None]) -> None:
-        """Have `tell` called with entries whose paths have other versions now."""
+    def on_replaced(self, tell: Callable[[Sequence[Entry]], None]) -> Callable[[], object]:
+        """Have `tell` called with entries whose paths have other versions now, until what is returned is."""
         self._replaced.append(tell)
+        return lambda: self._replaced.remove(tell)
 
     # Control
 
@@ -278,7 +281,7 @@ class Worker:
             "sources": [_source_status(source) for source in self.sources],
             "loads": self._load_states(),
             **({"writing": self.writing.status()} if self.writing is not None else {}),
-            **{name: stats() for name, stats in self._attached.items()},
+            **{name: stats() for name, stats in dict(self._attached).items()},
         }
 
     def load(self, request: LoadRequest) -> str:
@@ -351,7 +354,7 @@ class Worker:
         """The bucket has other versions of these now: their copies go first when room is needed."""
         for entry in entries:
             self.cache.supersede(self.reader.cache_key(entry))
-        for tell in self._replaced:
+        for tell in list(self._replaced):
             tell(entries)
 
     def _load_states(self) -> builtins.list[dict[str, Any]]:

@@ -26,7 +26,6 @@ import select
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from datacache.cluster import registry
 from datacache.config.parsing import dump_settings, load_settings
-from datacache.config.settings import IO, Settings, UploadMode
+from datacache.config.settings import IO, Settings
 from datacache.errors import DatacacheError, MountError, NoSuchSnapshot, SettingError
 from datacache.model import Medium, MiB
 from datacache.telemetry import set_up_logging
@@ -46,7 +45,6 @@ from fuse.broker import Handover
 if TYPE_CHECKING:
     from datacache.cluster.registry import Registration
     from datacache.worker import Worker
-    from fuse.connection import Device
     from fuse.filesystem import Backings, FileSystem
 
 log = logging.getLogger("fuse")
@@ -172,7 +170,7 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
     """Be a daemon of a mount that a broker keeps, until the mount is gone or it is told to end."""
     from fuse.answerer import Answerers, processors
     from fuse.connection import Backings, Device
-    from fuse.session import Session, WritableSession
+    from fuse.serving import close_old_backings, session_of
 
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as knob:
         knob.write(handed.oom_score_adj)
@@ -182,15 +180,11 @@ def serve_handed_over(settings: Settings, handed: Handover, *, serving: Callable
         _built(settings, backings=backings, handed=handed) as (worker, files, offer),
         contextlib.ExitStack() as beside,
     ):
-        served_by: type[Session] = WritableSession if files.writable else Session
-        session = served_by(
-            files, handed.descriptor, agreement,
-            max_threads=settings.mount.max_threads, max_idle_threads=settings.mount.max_idle_threads,
-        )  # fmt: skip
+        session = session_of(files, handed.descriptor, agreement, settings)
         worker.on_replaced(session.superseded)
         requests = session.requests
         if handed.life and agreement.passthrough:
-            _close_old_backings(device)
+            close_old_backings(device)
         orphaned = threading.Event()
         shown = mountpoint.is_mounted(settings.mount.directory)
 
@@ -256,39 +250,6 @@ def _outlive(pid: int, runtime: str, registration: "Registration", orphaned: thr
     threading.Thread(target=wait, name="broker-watch", daemon=True).start()
 
 
-def _close_old_backings(device: "Device") -> None:
-    """Take back what daemons before us had the kernel read: what is open goes on, what is not can be freed.
-    In a thread, since there may be many."""
-    from fuse.connection import forget_backings
-
-    probe = os.memfd_create("probe")
-    try:
-        newest = device.open(probe)
-        device.close(newest)
-    except OSError:
-        return  # we have not the privilege that they had: the first file to be passed through says so
-    finally:
-        os.close(probe)
-    threading.Thread(
-        target=forget_backings, args=(device, newest), name="forget-backings", daemon=True
-    ).start()
-
-
-def _is_passed_through(settings: Settings, descriptor: int) -> bool:
-    """Whether the kernel will write landing files itself: we may need a privilege for that, and the landing
-    zone another file system."""
-    from datacache.writing.opening import landing_directory
-    from fuse.connection import Device
-
-    device, directory = Device(descriptor), landing_directory(settings)
-    with contextlib.suppress(OSError):
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            device.close(device.open(probe.fileno()))
-            return True
-    return False
-
-
 def serve_portably(settings: Settings, *, mounted: Callable[[], None]) -> None:
     """Mount by pyfuse3, call `mounted` when it answers, serve until the mount is gone, take all down."""
     if settings.mount.processes != 1:
@@ -331,15 +292,11 @@ def _built(
 ) -> "Iterator[tuple[Worker, FileSystem, Callable[[], None]]]":
     """A worker, the file system on top of it, and what lets the worker answer on its control socket."""
     from datacache.worker import Worker
-    from fuse.filesystem import FileSystem
+    from fuse import serving
 
     life = handed.life if handed is not None else 0
-    # Else we write, and writers are counted.
     kernel_writes = (
-        handed is not None
-        and backings is not None
-        and settings.writing.enabled
-        and _is_passed_through(settings, handed.descriptor)
+        handed is not None and backings is not None and serving.kernel_writes(settings, handed.descriptor)
     )
     with contextlib.ExitStack() as built:
         worker = built.enter_context(
@@ -351,19 +308,7 @@ def _built(
         )  # fmt: skip
         offered = built.enter_context(contextlib.ExitStack())
         built.callback(worker.close)  # before the control server's, which waits for calls under way
-        tiers = {tier.name: worker.cache.tier(tier.name) for tier in worker.cache.stats()}
-        if worker.writing is None:
-            files = FileSystem(
-                worker.index, worker.reader, settings.mount, tiers=tiers, backings=backings, life=life
-            )
-        else:
-            from fuse.writable import WritableFileSystem
-
-            files = WritableFileSystem(
-                worker.writing.overlay, worker.reader, settings.mount, tiers=tiers, backings=backings,
-                life=life, durability=settings.writing.durability, counted=not kernel_writes,
-                early=worker.writing.early, stores=settings.upload.mode is UploadMode.SYNC,
-            )  # fmt: skip
+        files = serving.file_system(worker, backings=backings, life=life, kernel_writes=kernel_writes)
         built.callback(files.close)
         worker.attach("mount_files", files.stats)
 

@@ -15,7 +15,6 @@ nothing of the data set, and is protected from the OOM killer, which the daemon 
 """
 
 import contextlib
-import errno
 import functools
 import json
 import logging
@@ -36,8 +35,8 @@ from datacache.cluster import registry
 from datacache.config.parsing import dump_settings, load_settings
 from datacache.config.settings import Settings
 from datacache.errors import DatacacheError, MountError, SettingError
-from fuse import connection, mountpoint, protocol
-from fuse.connection import AGAIN, Agreement
+from fuse import connection, mountpoint
+from fuse.connection import Agreement, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -203,6 +202,7 @@ class Broker:
         self._settings, self._text = settings, dump_settings(settings)
         self._python = sys.executable
         self._handover, self._descriptor = first, first.descriptor
+        self._refusal = Refusal(first.descriptor, first.agreement)
         self._worker, self._control = control, registry.broker_socket(control)
         self._take_off, self._mounted = take_off, mounted
         self._events = selectors.DefaultSelector()
@@ -389,29 +389,18 @@ class Broker:
 
     def _give_up(self) -> None:
         self._given_up = True
-        with contextlib.suppress(OSError):
-            os.write(self._descriptor, protocol.notify_resend())
-        self._buffer = bytearray(self._handover.agreement.room)
-        os.set_blocking(self._descriptor, False)
+        self._refusal.begin()
         self._events.register(self._descriptor, selectors.EVENT_READ, self._on_request)
 
     def _take_up(self) -> None:
         if self._given_up:
             self._given_up, self._deaths = False, 0
             self._events.unregister(self._descriptor)
-            os.set_blocking(self._descriptor, True)
+            self._refusal.end()
 
     def _on_request(self) -> None:
-        try:
-            length = os.readv(self._descriptor, [self._buffer])
-        except OSError as error:
-            if error.errno not in AGAIN:
-                self._over = True
-            return
-        header = protocol.decode_header(memoryview(self._buffer)[:length])
-        if header.opcode not in _UNANSWERED:
-            with contextlib.suppress(OSError):
-                os.writev(self._descriptor, protocol.error(header.unique, errno.EIO))
+        if not self._refusal.answer():
+            self._over = True
 
     # ---- signals and upgrades --------------------------------------------------------------------
 
@@ -471,9 +460,6 @@ class Broker:
         peer, self._asking = self._asking.peer, None
         with contextlib.suppress(OSError), peer:
             peer.sendall(json.dumps(answer).encode() + b"\n")
-
-
-_UNANSWERED = frozenset((protocol.Opcode.FORGET, protocol.Opcode.BATCH_FORGET, protocol.Opcode.INTERRUPT))
 
 
 def _check_upgrade(now: Settings, then: Settings) -> None:

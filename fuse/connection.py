@@ -186,6 +186,61 @@ AGAIN = frozenset((errno.EINTR, errno.EAGAIN, errno.ENOENT))
 """What reading the device may say that means: read again. ENOENT: the request was interrupted meanwhile."""
 
 
+def resend(descriptor: int) -> None:
+    """Have the kernel send again what was read and not answered, by whomever. Raises OSError."""
+    os.write(descriptor, protocol.notify_resend())
+
+
+# ---- while nobody serves ---------------------------------------------------------------------------
+
+
+class Refusal:
+    """Answers EIO to whatever is asked of a connection, so that nobody waits for a daemon that does not come.
+
+    Between `begin` and `end` nobody else may read the connection. It does not wait: `answer` is to be called
+    when there is something to read.
+    """
+
+    def __init__(self, descriptor: int, agreement: Agreement) -> None:
+        self._descriptor, self._room = descriptor, agreement.room
+        self._buffer = bytearray()  # none, as long as nothing is refused
+
+    def begin(self) -> None:
+        """... also to what an earlier daemon has read and not answered."""
+        self._buffer = bytearray(self._room)
+        with contextlib.suppress(OSError):
+            resend(self._descriptor)
+        os.set_blocking(self._descriptor, False)
+
+    def answer(self) -> bool:
+        """One request, if there is one; False when the mount is gone."""
+        try:
+            length = os.readv(self._descriptor, [self._buffer])
+        except OSError as error:
+            return error.errno in AGAIN
+        if not length:
+            return False  # not from the kernel, but from a socket in its place that is closed
+        try:
+            header = protocol.decode_header(memoryview(self._buffer)[:length])
+            unique = 0 if header.opcode in _UNANSWERED else header.unique
+        except protocol.Malformed as malformed:
+            log.error("%s", malformed)
+            unique = malformed.unique
+        if unique:
+            with contextlib.suppress(OSError):
+                os.writev(self._descriptor, protocol.error(unique, errno.EIO))
+        return True
+
+    def end(self) -> None:
+        """Somebody else reads from now on. Whether a read waits is said of the connection, not of a
+        descriptor: all who have it share that."""
+        self._buffer = bytearray()
+        os.set_blocking(self._descriptor, True)
+
+
+_UNANSWERED = frozenset((protocol.Opcode.FORGET, protocol.Opcode.BATCH_FORGET, protocol.Opcode.INTERRUPT))
+
+
 # ---- backing files -------------------------------------------------------------------------------
 
 

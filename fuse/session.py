@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from datacache.model import Entry
 from fuse import protocol
-from fuse.connection import AGAIN, Agreement, writer
+from fuse.connection import AGAIN, Agreement, resend, writer
 from fuse.filesystem import Attributes, FileSystem
 from fuse.protocol import Buffer, Header, Opcode, OpenFlag, OpenInFlag, SetattrValid, WriteFlag
 
@@ -78,6 +78,7 @@ class Session:
         self._lock = threading.Lock()
         self._requests = counts if counts is not None else [0] * KINDS
         self._threads = self._idle = 0
+        self._one_ended = threading.Condition(self._lock)
         self._under_way: dict[int, int] = {}  # who waits for which request; single looks need no lock
         self._late: dict[int, int] = {}  # ... for one that is answered later, by another thread
         self._crowded = False  # said already that threads cannot be had
@@ -124,7 +125,7 @@ class Session:
 
     def resend(self) -> None:
         """Have the kernel send again what was read and not answered, by whomever."""
-        os.write(self._descriptor, protocol.notify_resend())
+        resend(self._descriptor)
 
     def answer(self, request: memoryview) -> None:
         """Answer a request that somebody else has read, and counted."""
@@ -152,6 +153,12 @@ class Session:
     def ending(self) -> bool:
         """Whether `end` was called."""
         return self._ending
+
+    def join(self, timeout: float) -> bool:
+        """Return when all that was asked of a mount that is gone has been worked off; False when it was not
+        within `timeout` seconds."""
+        with self._one_ended:
+            return self._one_ended.wait_for(lambda: not self._threads, timeout)
 
     def requests(self) -> dict[str, int]:
         """Requests answered so far, by kind."""
@@ -194,8 +201,9 @@ class Session:
         try:
             self._take_requests()
         finally:
-            with self._lock:
+            with self._one_ended:
                 self._threads -= 1
+                self._one_ended.notify_all()
 
     def _take_requests(self) -> None:
         buffer = bytearray(self._agreement.room)

@@ -1,5 +1,5 @@
-"""Who mounts: the interface, `linux` which does it, and `fake` for tests."""
+"""Who mounts: the interfaces, `linux` and `datasets` which do it, and `fake` for tests."""
 
-from csi.mounter.mounter import Mounted, Mounter, Usage
+from csi.mounter.mounter import DatasetMounter, Mounted, Mounter, Usage
 
-__all__ = ["Mounted", "Mounter", "Usage"]
+__all__ = ["DatasetMounter", "Mounted", "Mounter", "Usage"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from csi.mounter.mounter import Mounted, Usage
-from datacache.errors import MountError, SettingError, VolumeInUse
+from datacache.errors import MountError, SettingError, TookTooLong, VolumeInUse
 
 _SCHEMES = ("s3", "file")
 
@@ -46,6 +46,8 @@ class Node:
     directories: set[str] = field(default_factory=set)
     aborted: list[str] = field(default_factory=list)
     """Directories whose connection has been aborted."""
+    workers: dict[str, str] = field(default_factory=dict)
+    """Workers of Datasets that run, by uid, and what each says that it owes."""
     devices: "itertools.count[int]" = field(default_factory=lambda: itertools.count(40))
 
 
@@ -137,3 +139,46 @@ class FakeMounter:
     def _shown(self, directory: str) -> DataSet | None:
         place = self.node.mounts.get(directory)
         return place.shown if place is not None else None
+
+
+class FakeDatasetMounter:
+    """A driver's hand on the volumes of Datasets on `node`, which has workers or not."""
+
+    def __init__(self, node: Node, *, step: Callable[[], None] = lambda: None) -> None:
+        self.node, self._step = node, step
+        self.expected: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"<FakeDatasetMounter of {sorted(self.node.workers)}>"
+
+    def expect(self, uid: str) -> None:
+        self.expected.append(uid)
+
+    def show(self, uid: str, directory: str, *, name: str, writable: bool, used: bool, within: float) -> None:
+        self._step()
+        there = self.node.mounts.get(directory)
+        if there is not None and there.shown is not None and not there.shown.alive:
+            if used:
+                raise MountError(self.trouble(uid, directory))
+            self.take_off(uid, directory)
+            there = None
+        if there is None:
+            shown = DataSet(f"0:{next(self.node.devices)}", {"dataset": name}, {})
+            self.node.mounts[directory] = Place(shown, read_only=not writable)
+        self._step()
+        if uid not in self.node.workers:
+            if there is None:
+                self.take_off(uid, directory)
+            raise TookTooLong(f"no worker of Dataset {name} has come")
+
+    def owed(self, uid: str) -> str:
+        return self.node.workers.get(uid, "")
+
+    def take_off(self, uid: str, directory: str) -> None:
+        self._step()
+        if self.node.mounts.pop(directory, None) is not None:
+            self.node.aborted.append(directory)
+        self._step()
+
+    def trouble(self, uid: str, directory: str) -> str:
+        return "have ended at the same time" if uid in self.node.workers else "no worker of the Dataset"

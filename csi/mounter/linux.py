@@ -25,10 +25,10 @@ from contextlib import suppress
 from csi.mounter.mounter import Mounted, Usage
 from datacache.cluster import registry
 from datacache.cluster.client import ControlClient
+from datacache.cluster.control import owed
 from datacache.config.keys import PREFIX, is_credential
 from datacache.config.parsing import runtime_directory
 from datacache.errors import ControlError, DatacacheError, MountError, SettingError, TookTooLong, VolumeInUse
-from datacache.model import format_size
 from datacache.telemetry import hide, redact
 from fuse import mountpoint
 
@@ -76,13 +76,9 @@ class LinuxMounter:
         if worker is None:
             return ""
         try:
-            writing = ControlClient(worker.socket, timeout=_ASK).status().get("writing")
+            return owed(ControlClient(worker.socket, timeout=_ASK).status().get("writing"))
         except ControlError:
             return ""
-        if not writing or not (writing["dirty_due"] or writing["dirty_files"]):
-            return ""
-        files, size = writing["dirty_files"], format_size(writing["dirty_bytes"])
-        return f"{files} files ({size}), {writing['dirty_due']} changes in all"
 
     def take_off(self, directory: str, *, within: float) -> None:
         if mountpoint.is_mounted(directory) is None:

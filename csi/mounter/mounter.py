@@ -68,3 +68,27 @@ class Mounter(Protocol):
 
     def usage(self, directory: str) -> Usage:
         """How full the data set on `directory` is. Raises MountError when it does not say."""
+
+
+class DatasetMounter(Protocol):
+    """The node's mounts of Datasets' volumes. Safe for calls from several threads for different Datasets."""
+
+    def expect(self, uid: str) -> None:
+        """A volume of the Dataset was staged by a process before us: let its worker come. Raises
+        MountError."""
+
+    def show(self, uid: str, directory: str, *, name: str, writable: bool, used: bool, within: float) -> None:
+        """Have the Dataset, which people know by `name`, mounted on `directory` and served; what is there
+        already stays, but one that is dead and not `used` by pods. Raises MountError, TookTooLong; then
+        nothing is mounted that was not."""
+
+    def owed(self, uid: str) -> str:
+        """What was written and is not in the bucket yet, as words; empty when that is nothing, or when no
+        worker is there: then what was written lies in its landing zone."""
+
+    def take_off(self, uid: str, directory: str) -> None:
+        """Abort the connection, so that nobody can hang in it, and unmount it. Idempotent. Raises
+        MountError."""
+
+    def trouble(self, uid: str, directory: str) -> str:
+        """Why the mount does not answer, for people."""

@@ -7,9 +7,11 @@ side of the socket, so that a command neither knows nor cares whether it works o
 or on one of its own.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from datacache.model import format_size
 from datacache.reading.job import LoadRequest, LoadStatus
 
 
@@ -80,3 +82,11 @@ class Control(RemoteControl, Protocol):
 
     def verify(self) -> dict[str, int]:
         """Hold every block of the cache against its checksum; the counts of `VerifyReport`."""
+
+
+def owed(writing: Mapping[str, Any] | None) -> str:
+    """What `status()["writing"]` says that the bucket does not have yet, as words; empty: nothing."""
+    if not writing or not (writing["dirty_due"] or writing["dirty_files"]):
+        return ""
+    files, size = writing["dirty_files"], format_size(writing["dirty_bytes"])
+    return f"{files} files ({size}), {writing['dirty_due']} changes in all"

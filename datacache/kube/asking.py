@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 from datacache.errors import DatacacheError
 from datacache.kube.api import Api
-from datacache.kube.manifests import UID_LABEL, volume_name
-from datacache.kube.release import API_PORT, Name, Release
+from datacache.kube.manifests import UID_LABEL
+from datacache.kube.release import API_PORT, Name, Release, volume_name
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import Any
 from datacache.config.keys import spell_duration
 from datacache.config.settings import TierSettings
 from datacache.errors import SettingError
-from datacache.kube.release import API_PORT, DRIVER, GROUP, Name, Release
+from datacache.kube.release import API_PORT, DRIVER, GROUP, VOLUME_SOCKET, Name, Release, volume_name
 from datacache.kube.spec import DatasetSpec, Mount
 from datacache.model import Medium, MiB
 
@@ -47,11 +47,6 @@ _SCRATCH = 64 * MiB
 def node_label(uid: str) -> str:
     """The label by which a node gets a worker of the Dataset: `true` where it does."""
     return f"{GROUP}/dataset-{uid}"
-
-
-def volume_name(uid: str) -> str:
-    """Of the PersistentVolume, its handle, and all objects in the release's namespace."""
-    return f"datacache-{uid}"
 
 
 def name_of(obj: Mapping[str, Any]) -> Name:
@@ -304,6 +299,7 @@ def _container(spec: DatasetSpec, release: Release, *, keys: bool) -> Object:
         "command": [
             "datacache", "worker", "--config", f"{_CONFIG}/datacache.yaml", "--listen", f"0.0.0.0:{API_PORT}",
             "--token-file", f"{_TOKEN}/token", "--drain-timeout", f"{_grace(spec) - 15}s",
+            "--volume-socket", f"{release.run_dir}/{spec.uid}/{VOLUME_SOCKET}",
         ],
         "env": [
             # A worker has no identity of the node's: what a user did not give keys for cannot be read.

@@ -12,7 +12,15 @@ DRIVER = "csi.datacache.io"
 API_PORT = 7400
 """On which a worker answers the controller."""
 
+VOLUME_SOCKET = "volume.sock"
+"""In a Dataset's runtime directory on a node: where the node plugin hands its mount to the worker."""
+
 TIER_ROOTS = ("/var/cache/datacache", "/dev/shm", "/mnt")  # noqa: S108  directories of a node
+
+
+def volume_name(uid: str) -> str:
+    """Of a Dataset's PersistentVolume, its handle, and all its objects in the release's namespace."""
+    return f"datacache-{uid}"
 
 
 class Name(NamedTuple):

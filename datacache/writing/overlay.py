@@ -825,6 +825,17 @@ class Overlay:
                 self._leave(ino, closes=1)
         self.owing.poke()
 
+    def forsaken(self) -> None:
+        """The mount is gone, and what this process had open is closed: nobody whom an earlier daemon counted
+        has anything open any more."""
+        with self._lock:
+            for node in list(self.ledger.nodes.values()):
+                ours = self._writing[node.ino] + (node.ino in self.ledger.granted)
+                ours += self.ledger.unnoted.get(node.ino, 0)
+                if node.orphan or node.writers > ours:
+                    self._leave(node.ino, closes=max(0, node.writers - ours))
+        self.owing.poke()
+
     def note_closes(self) -> int:
         """Note the closes that the journal could not take before; of how many files it still cannot."""
         with self._lock:

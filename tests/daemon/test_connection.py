@@ -12,7 +12,7 @@ import pytest
 
 from datacache.errors import MountError
 from fuse import connection, protocol
-from fuse.connection import Agreement, Backings, agree, forget_backings, greet, writer
+from fuse.connection import Agreement, Backings, Refusal, agree, forget_backings, greet, writer
 from fuse.protocol import Capability, InitIn, Opcode, UnknownIn
 from tests.conftest import AnnouncedLogs
 
@@ -332,6 +332,35 @@ def test_a_notification_is_one_write(ends: Ends) -> None:
     kernel.close()
     with pytest.raises(BrokenPipeError):
         write(protocol.notify_resend())
+
+
+def test_what_nobody_serves_is_answered_eio(ends: Ends, logs: AnnouncedLogs) -> None:
+    """Everything that waits for an answer; what an earlier daemon has read is sent again first. It never
+    waits, and leaves the connection as it was."""
+    logs.expect("bytes are no header")
+    kernel, descriptor = ends
+    agreement, _ = agree(offer(), stateless=False, passthrough=True, release=NEW)
+    refusal = Refusal(descriptor, agreement)
+    refusal.begin()
+    assert protocol.decode_notification(protocol.decode_reply(kernel.recv(100))) == protocol.Resend()
+    assert refusal.answer()  # there is nothing yet
+    for unique, opcode in ((2, Opcode.STATFS), (3, 4711), (5, Opcode.DESTROY)):
+        kernel.send(protocol.encode_request(opcode, UnknownIn(b""), unique=unique))
+        assert refusal.answer()
+        answer = protocol.decode_reply(kernel.recv(100))
+        assert (answer.unique, answer.error) == (unique, errno.EIO)
+    kernel.send(b"x")
+    assert refusal.answer()
+    kernel.send(protocol.encode_request(Opcode.FORGET, protocol.ForgetIn(1), unique=7))
+    assert refusal.answer()
+    refusal.end()
+    assert os.get_blocking(descriptor)
+    kernel.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        kernel.recv(100)
+    refusal.begin()
+    kernel.close()
+    assert not refusal.answer()
 
 
 def test_an_agreement_is_a_value() -> None:

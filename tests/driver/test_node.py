@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from csi.mounter import fake
-from csi.mounter.fake import FakeMounter
+from csi.mounter.fake import FakeDatasetMounter, FakeMounter
 from csi.node import HOSTNAME, Node
 from csi.records import Record, Records
 from csi.v1 import csi_pb2 as v1
@@ -24,7 +24,7 @@ from datacache.errors import (
     VolumeInUse,
 )
 from tests.conftest import AnnouncedLogs
-from tests.driver.requests import MODE, URI, Kubelet
+from tests.driver.requests import MODE, URI, VOLUME, Kubelet
 
 RW = {**URI, "rw": "true"}
 
@@ -33,16 +33,18 @@ class Driver:
     """A driver over the node `node`; another can be made over the same."""
 
     def __init__(
-        self, root: Path, node: fake.Node | None = None, step: Callable[[], None] | None = None
-    ) -> None:
-        self.kubelet = Kubelet(root / "kubelet").make()
+        self, root: Path, node: fake.Node | None = None, step: Callable[[], None] | None = None,
+        volume: str = VOLUME,
+    ) -> None:  # fmt: skip
+        self.kubelet = Kubelet(root / "kubelet", volume).make()
         self.node = node or fake.Node()
         self.step = step or (lambda: None)
         self.mounter = FakeMounter(self.node, step=self.step)
+        self.datasets = FakeDatasetMounter(self.node, step=self.step)
         self.records = _Stepping(str(root / "records"), self.step)
         self.records.open()
         self.service = Node(
-            self.mounter, self.records, node_id="node1", kubelet=str(self.kubelet.root),
+            self.mounter, self.datasets, self.records, node_id="node1", kubelet=str(self.kubelet.root),
             environment={"HOME": "/root"},
         )  # fmt: skip
 
@@ -164,7 +166,9 @@ def test_calls_for_one_volume_come_one_by_one(driver: Driver, tmp_path: Path) ->
         assert go.wait(10)
 
     slow = FakeMounter(driver.node, step=step)
-    service = Node(slow, driver.records, node_id="n", kubelet=str(driver.kubelet.root), environment={})
+    service = Node(
+        slow, driver.datasets, driver.records, node_id="n", kubelet=str(driver.kubelet.root), environment={}
+    )
     staging = threading.Thread(target=lambda: service.node_stage_volume(driver.kubelet.stage(), within=1))
     staging.start()
     assert inside.wait(10)
@@ -388,3 +392,119 @@ def test_a_node_says_which_it_is(driver: Driver) -> None:
     assert said.node_id == "node1"
     assert said.max_volumes_per_node == 64
     assert dict(said.accessible_topology.segments) == {HOSTNAME: "node1"}
+
+
+# ---- volumes of Datasets ---------------------------------------------------------------------------
+
+UID = "0f2a7c1e-3b54-4c63-9e0e-5d0f6f1d2a3b"
+OF = {"namespace": "team", "dataset": "pets", "uid": UID, "csi.storage.k8s.io/pod.name": "x"}
+
+
+@pytest.fixture
+def of_dataset(tmp_path: Path) -> Driver:
+    """A driver, and a worker of the Dataset."""
+    driver = Driver(tmp_path, volume=f"datacache-{UID}")
+    driver.node.workers[UID] = ""
+    return driver
+
+
+def test_a_dataset_is_mounted_once_and_bound_to_each_pod(of_dataset: Driver) -> None:
+    """Its worker serves it; another is not started. The connection is aborted before it is unmounted."""
+    kubelet, node = of_dataset.kubelet, of_dataset.node
+    for request in (kubelet.stage(OF), kubelet.publish("a", context=OF), kubelet.publish("b", readonly=True)):
+        of_dataset.call(request)
+        of_dataset.call(request)
+    assert of_dataset.staged.tree == {"dataset": "team/pets"}
+    assert [place.read_only for place in node.mounts.values()] == [False, False, True]
+    with pytest.raises(VolumeInUse, match="still published"):
+        of_dataset.call(kubelet.unstage())
+    for pod in ("a", "b"):
+        of_dataset.call(kubelet.unpublish(pod))
+    node.workers[UID] = "3 files"
+    with pytest.raises(VolumeInUse, match="3 files not in the bucket yet"):
+        of_dataset.call(kubelet.unstage())
+    node.workers[UID] = ""
+    of_dataset.call(kubelet.unstage())
+    of_dataset.call(kubelet.unstage())
+    assert node.aborted == [str(kubelet.staging)]
+    assert not node.mounts
+    assert of_dataset.records.get(kubelet.volume) is None
+
+
+def test_the_driver_of_a_dataset_may_be_killed_between_any_two_steps(tmp_path: Path) -> None:
+    """The next one lets the worker come, does what is missing, and leaves nothing."""
+    for nth in itertools.count(1):
+        root, deaths = tmp_path / str(nth), 0
+        node, count = fake.Node(workers={UID: ""}), itertools.count(1)
+
+        def step(count: "itertools.count[int]" = count, nth: int = nth) -> None:
+            if next(count) == nth:
+                raise _Killed
+
+        driver = Driver(root, node, step, volume=f"datacache-{UID}")
+        kubelet = driver.kubelet
+        for request in (
+            kubelet.stage(OF), kubelet.publish("a", context=OF), kubelet.unpublish("a"), kubelet.unstage()
+        ):  # fmt: skip
+            try:
+                driver.call(request)
+            except _Killed:
+                deaths += 1
+                driver = Driver(root, node, volume=f"datacache-{UID}")
+                driver.service.go_on()
+                known = driver.records.get(kubelet.volume)
+                assert driver.datasets.expected == ([UID] if known is not None else [])
+                driver.call(request)
+        assert not node.mounts, nth
+        assert not node.directories, nth
+        assert not list((root / "records").iterdir()), nth
+        if not deaths:
+            break
+    assert nth > 10
+
+
+def test_a_dataset_without_a_worker_is_not_mounted(of_dataset: Driver) -> None:
+    """Nothing is left of the try; what was there before stays."""
+    kubelet, node = of_dataset.kubelet, of_dataset.node
+    del node.workers[UID]
+    with pytest.raises(TookTooLong, match="no worker of Dataset team/pets"):
+        of_dataset.call(kubelet.stage(OF))
+    assert not node.mounts
+    assert of_dataset.records.get(kubelet.volume) is None
+    node.workers[UID] = ""
+    of_dataset.call(kubelet.stage(OF))
+    del node.workers[UID]
+    with pytest.raises(TookTooLong):
+        of_dataset.call(kubelet.stage(OF))
+    assert list(node.mounts) == [str(kubelet.staging)]
+    assert of_dataset.records.get(kubelet.volume) is not None
+
+
+def test_a_dataset_whose_mount_is_dead(of_dataset: Driver) -> None:
+    """No pod is put on it, with the reason; it is mounted anew when no pod uses it."""
+    kubelet, node = of_dataset.kubelet, of_dataset.node
+    of_dataset.call(kubelet.stage(OF))
+    of_dataset.call(kubelet.publish("a", context=OF))
+    of_dataset.staged.alive = False
+    for request in (kubelet.publish("b", context=OF), kubelet.stage(OF)):
+        with pytest.raises(MountError, match="have ended at the same time"):
+            of_dataset.call(request)
+    of_dataset.call(kubelet.unpublish("a"))
+    of_dataset.call(kubelet.stage(OF))
+    assert of_dataset.staged.alive
+    assert len(node.mounts) == 1
+
+
+@pytest.mark.parametrize(
+    ("staged", "read_only"),
+    [({}, False), ({"mode": MODE.MULTI_NODE_READER_ONLY}, True), ({"flags": ("ro",)}, True)],
+)
+def test_a_dataset_that_may_only_be_read(
+    of_dataset: Driver, staged: dict[str, object], read_only: bool
+) -> None:
+    """Nobody can remount it otherwise, and it is another volume then."""
+    of_dataset.call(of_dataset.kubelet.stage(OF, **staged))  # type: ignore[arg-type]
+    assert of_dataset.node.mounts[str(of_dataset.kubelet.staging)].read_only is read_only
+    if read_only:
+        with pytest.raises(VolumeDiffers, match="other attributes"):
+            of_dataset.call(of_dataset.kubelet.stage(OF))

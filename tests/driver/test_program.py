@@ -23,8 +23,10 @@ STOP = 40.0
 class Program:
     """The driver of one node, in a process of its own."""
 
-    def __init__(self, kubelet: Kubelet, *, environment: dict[str, str] | None = None) -> None:
-        self.kubelet = kubelet
+    def __init__(
+        self, kubelet: Kubelet, *, environment: dict[str, str] | None = None, flags: tuple[str, ...] = ()
+    ) -> None:
+        self.kubelet, self._flags = kubelet, flags
         self.socket = kubelet.root / "plugins" / DRIVER / "csi.sock"
         self.announced = kubelet.root / "plugins_registry" / f"{DRIVER}-reg.sock"
         self.log = kubelet.root.parent / "csi.log"
@@ -34,6 +36,7 @@ class Program:
     def start(self) -> "Program":
         """Start it; return when it answers."""
         words = ["--node-id", "node1", "--kubelet-dir", str(self.kubelet.root)]
+        words += ["--run-dir", str(self.kubelet.root.parent / "datasets"), *self._flags]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "csi", *words],
@@ -51,9 +54,11 @@ class Program:
 
 
 @contextmanager
-def running(kubelet: Kubelet, *, environment: dict[str, str] | None = None) -> Iterator[Program]:
+def running(
+    kubelet: Kubelet, *, environment: dict[str, str] | None = None, flags: tuple[str, ...] = ()
+) -> Iterator[Program]:
     """A driver that is ended, whatever happens."""
-    program = Program(kubelet, environment=environment)
+    program = Program(kubelet, environment=environment, flags=flags)
     try:
         yield program.start()
     finally:
@@ -84,6 +89,9 @@ def kubelet(tmp_path: Path) -> Kubelet:
             "unix:// and an absolute",
         ),
         (["--node-id", "n", "--kubelet-dir", "{kubelet}", "--endpoint", "unix:/" + "x" * 120], "107 bytes"),
+        (["--node-id", "n", "--run-dir", "run"], "--run-dir: 'run' will not do; expected an absolute path"),
+        (["--node-id", "n", "--takeover-timeout", "0s"], "expected a duration of 1s or more"),
+        (["--node-id", "n", "--takeover-timeout", "soon"], "--takeover-timeout: 'soon' will not do"),
         (["--node", "n"], "--node: unknown flag; did you mean --node-id?"),
         (["--log-level", "loud"], "--log-level: invalid choice: 'loud'"),
     ],

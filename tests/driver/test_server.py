@@ -15,7 +15,7 @@ import pytest
 from csi.controller import Controller
 from csi.identity import Identity
 from csi.mounter import fake
-from csi.mounter.fake import FakeMounter
+from csi.mounter.fake import FakeDatasetMounter, FakeMounter
 from csi.node import Node
 from csi.records import Records
 from csi.server import LIMIT, Server, status
@@ -42,8 +42,9 @@ class Served:
         records.open()
         environment = {"HOME": "/root"}
         node = Node(
-            self.mounter, records, node_id="n", kubelet=str(self.kubelet.root), environment=environment
-        )
+            self.mounter, FakeDatasetMounter(self.node), records, node_id="n", kubelet=str(self.kubelet.root),
+            environment=environment,
+        )  # fmt: skip
         self.path = root / "csi.sock"
         self.server = Server(
             str(self.path),

@@ -1,5 +1,6 @@
 """What a request says of a volume: tables."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_each_volume_has_a_data_set_of_its_own() -> None:
         ({**URI, "block-size": "1MiB", "block_size": "2MiB"}, "each attribute once"),
         ({**URI, "option": "secret_access_key=x"}, "no secret here"),
         ({**URI, "rw": "true", "snapshot": "s"}, "volumeAttributes.snapshot: .* with rw"),
-        ({"namespace": "ns", "dataset": "d", "uid": "u"}, "volumes of Datasets are not there yet"),
+        ({"namespace": "ns", "dataset": "d", "uid": "u"}, "the controller makes the volume of a Dataset"),
         ({"csi.storage.k8s.io/ephemeral": "true", **URI}, "inline volumes name a Dataset"),
     ],
 )
@@ -166,3 +167,39 @@ def test_a_created_volume_is_known_by_its_id() -> None:
     volume.check_exists("static", URI)
     with pytest.raises(NoSuchVolume, match="other"):
         volume.check_exists("other", {})
+
+
+# ---- volumes of Datasets ---------------------------------------------------------------------------
+
+UID = "0f2a7c1e-3b54-4c63-9e0e-5d0f6f1d2a3b"
+OF = {"namespace": "team", "dataset": "pets", "uid": UID}
+
+
+def test_the_volume_of_a_dataset_says_which() -> None:
+    """And is told from one that says what it shows; what the kubelet adds is no attribute."""
+    assert volume.dataset("pv", URI) is None
+    found = volume.dataset(f"datacache-{UID}", {**OF, "csi.storage.k8s.io/pod.name": "a"})
+    assert found == volume.Dataset("team", "pets", UID)
+    assert str(found) == "team/pets"
+    volume.check_exists(f"datacache-{UID}", OF)
+
+
+@pytest.mark.parametrize(
+    ("changes", "handle", "says"),
+    [
+        ({"uid": ""}, "datacache-", "volumeAttributes.uid"),
+        ({"uid": ".."}, "datacache-..", "the uid of a Dataset"),
+        ({"uid": "a/b"}, "datacache-a/b", "the uid of a Dataset"),
+        ({"uid": "x" * 65}, "datacache-" + "x" * 65, "the uid of a Dataset"),
+        ({"namespace": "../x"}, f"datacache-{UID}", "volumeAttributes.namespace"),
+        ({"namespace": ""}, f"datacache-{UID}", "volumeAttributes.namespace"),
+        ({"dataset": "A"}, f"datacache-{UID}", "volumeAttributes.dataset"),
+        ({"uri": "s3://b"}, f"datacache-{UID}", "volumeAttributes.uri"),
+        ({}, "another", f"expected datacache-{UID}"),
+        ({"csi.storage.k8s.io/ephemeral": "true"}, f"datacache-{UID}", "inline volumes"),
+    ],
+)
+def test_what_is_no_dataset_is_refused(changes: dict[str, str], handle: str, says: str) -> None:
+    """Its uid becomes a path; and only the controller makes such volumes."""
+    with pytest.raises(SettingError, match=re.escape(says)):
+        volume.dataset(handle, OF | changes)

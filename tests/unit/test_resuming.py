@@ -219,3 +219,32 @@ def test_parts_of_what_the_power_cut_took_are_let_go(place: Place) -> None:
         assert not second.settling.ops()
     finally:
         second.close()
+
+
+def test_when_the_mount_is_gone_nobody_has_anything_open(place: Place) -> None:
+    """What writers of an earlier daemon had open is due, once each; what was unlinked is swept; what this one
+    has open goes on."""
+    first = Mounted(place)
+    begin(first, "/theirs", b"written")
+    begin(first, "/old", b"AS")
+    begin(first, "/both", b"both")
+    begin(first, "/unlinked", b"x")
+    first.overlay.unlink(*first.at("/unlinked"))
+    first.close()
+    second = Mounted(place, resumed=True)
+    try:
+        inos = {name: second.overlay.resolve(f"/{name}").ino for name in ("theirs", "old", "both")}
+        ours = second.overlay.open(inos["both"], writing=True)
+        nodes = second.overlay.ledger.nodes
+        assert sorted(node.writers for node in nodes.values()) == [1, 1, 1, 2]
+        for _ in range(2):
+            second.overlay.forsaken()
+            assert {ino: node.writers for ino, node in nodes.items()} == {
+                inos["theirs"]: 0, inos["old"]: 0, inos["both"]: 1,
+            }  # fmt: skip
+        second.overlay.closed(inos["both"], ours)
+        second.drain()
+        assert not nodes
+        assert second.read("/theirs") == b"written"
+    finally:
+        second.close()
