@@ -449,6 +449,10 @@ def _described(settings: Settings, *, clock: Clock) -> tuple[Dataset, Manifest |
             )
         spans = [ByteRange(at, min(at + _PIECE, info.size)) for at in range(0, info.size, _PIECE)]
         manifest = read_manifest(b"".join(source.read(info, span) for span in spans), uri=dataset.manifest)
+    for point in manifest.mounts:
+        schemes = settings.index.manifest_schemes
+        if schemes and point.uri.partition("://")[0].lower() not in schemes:
+            raise SettingError(dataset.manifest, point.uri, f"URLs of {', '.join(schemes)} only")
     mounts = tuple(
         replace(point, options=applicable(point.uri, dataset.options)) for point in manifest.mounts
     )

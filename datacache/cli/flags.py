@@ -29,6 +29,7 @@ DATASET = (
     Flag("config", "FILE", "a datacache.yaml with the same names as the flags; flags win over it"),
     Flag("name", "NAME", "name of the data set; default: made from its URIs"),
     Flag("manifest", "URI", "a JSON-lines file of object URLs that is the data set, instead of URIs"),
+    Flag("manifest-schemes", "SCHEMES", "of the URLs that it may have, such as s3,https; default: all"),
     Flag("snapshot", "NAME", "use this snapshot (`datacache snapshot create`), not the live bucket"),
     Flag("consistency", "MODE", "what an open may see: revalidate (a version that was current at most --ttl "
          "ago) or immutable (the one listed first, for ever); default revalidate"),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from datacache.config.schemes import SCHEMES
 from datacache.config.settings import (
     IO,
     Conflict,
@@ -169,11 +170,23 @@ def _region(text: str) -> str:
     return text
 
 
+def _audience(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{1,512}", text, re.ASCII):
+        raise ValueError
+    return text
+
+
 def _name(text: str) -> str:
     # It becomes the name of directories.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text, re.ASCII):
         raise ValueError
     return text
+
+
+def _schemes(text: str) -> tuple[str, ...]:
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*(,[a-z][a-z0-9+.-]*)*", text, re.ASCII):
+        raise ValueError
+    return tuple(text.split(","))
 
 
 def _snapshot(text: str) -> str:
@@ -204,6 +217,7 @@ def _uri(text: str) -> str:
 
 
 TEXT = Kind("a text", _text)
+AUDIENCE = Kind("for whom a token is, such as sts.amazonaws.com", _audience)
 REGION = Kind("the name of a region, such as eu-west-1", _region)
 BOOLEAN = Kind("true or false", {"true": True, "false": False}.__getitem__, lambda value: str(value).lower())
 PATH = Kind("an absolute path", _path)
@@ -213,6 +227,9 @@ URI = Kind("a URI such as s3://bucket/prefix, oss://bucket, https://host/data or
 _MODE = Kind("permission bits in octal, such as 0444", _mode, "{:04o}".format)
 TIER = Kind("MEDIUM:/PATH=SIZE[,high=FRACTION][,low=FRACTION], such as mem:/dev/shm/x=4GiB or "
              "ssd:/var/cache/x=200GiB; without =SIZE at most half of the free space", _text)  # fmt: skip
+_SCHEMES = Kind(
+    "schemes of URLs with commas between them, such as s3,https", _schemes, lambda schemes: ",".join(schemes)
+)
 MOUNT = Kind("a URI, or URI=/PATH to say where in the data set it appears", _text)
 OPTION = Kind("KEY=VALUE, an option of the source (docs/sources.md)", _text)
 MEDIUM = _choice(Medium, Medium)
@@ -243,6 +260,7 @@ KEYS: Mapping[str, Key] = {
         Key("uri", "dataset", MOUNT, many=True),
         Key("mounts", "dataset", MOUNT, many=True),
         Key("manifest", "dataset", URI),
+        Key("manifest-schemes", "index.manifest_schemes", _SCHEMES),
         Key("name", "dataset", NAME),
         Key("endpoint", "options", Kind("the URL of a store, such as http://127.0.0.1:9000", _uri)),
         Key("region", "options", REGION),
@@ -325,10 +343,14 @@ SCHEMES_OF: Mapping[str, tuple[str, ...]] = {
     "style": ("s3", "oss"),
     "profile": ("s3",),
 }
-"""Whom the options that have flags of their own mean something to (`sources.opening` has them all)."""
+"""Whom the options that have flags of their own mean something to."""
 
 
 def applicable(uri: str, options: Mapping[str, str]) -> dict[str, str]:
     """Of `options` that were given for many mount points, those that the one at `uri` can have."""
     scheme = uri.partition("://")[0].lower()
-    return {k: v for k, v in options.items() if k not in SCHEMES_OF or scheme in SCHEMES_OF[k]}
+    if known := SCHEMES.get(scheme):
+        # What no scheme has is a slip, and stays, so that somebody says so.
+        others = {option for each in SCHEMES.values() for option in each.options} - set(known.options)
+        return {k: v for k, v in options.items() if k not in others}
+    return {k: v for k, v in options.items() if k not in SCHEMES_OF}

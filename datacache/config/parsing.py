@@ -121,7 +121,7 @@ def read_settings(
     for name, (written, value) in given.items():
         section, _, field = KEYS[name].field.rpartition(".")
         if KEYS[name].field not in ("dataset", "options", "cache.tiers"):
-            values.setdefault(section, {})[field] = _one(KEYS[name].kind, written, value)
+            values.setdefault(section, {})[field] = read_one(KEYS[name].kind, written, value)
     tiers = _tiers(given["cache"]) if "cache" in given else ()
     _check_together(values, given)
 
@@ -231,8 +231,8 @@ def _nearest(name: str, known: Iterable[str], mark: str = "") -> str:
     return "a setting that there is (docs/configuration.md)"
 
 
-def _one(kind: Kind, name: str, value: object) -> Any:
-    """The value of what was given. Raises SettingError."""
+def read_one(kind: Kind, name: str, value: object) -> Any:
+    """The value of what was given as `name`. Raises SettingError."""
     if isinstance(value, bool):
         value = str(value).lower()
     if not isinstance(value, str | int | float):
@@ -267,7 +267,7 @@ def _refuse_secret(key: str, name: str) -> None:
 
 
 def _clean_uri(name: str, value: object) -> str:
-    uri: str = _one(URI, name, value)
+    uri: str = read_one(URI, name, value)
     if redact(uri) != uri or re.match(r"[^/]+://[^/]*@", uri):
         hidden = re.sub(r"//[^/]*@", "//***@", redact(uri))
         raise SettingError(name, hidden, "a URI without user, password or signature in it")
@@ -307,7 +307,7 @@ def _dataset(
             merged |= layer
         mounts.append(MountPoint(uri, path or "/", merged if alone else options | applicable(uri, merged)))
     _check_paths(mounts, [g for g, *_ in own])
-    name = _one(NAME, *given["name"]) if "name" in given else _derived_name(mounts, manifest, environment)
+    name = read_one(NAME, *given["name"]) if "name" in given else _derived_name(mounts, manifest, environment)
     return Dataset(name, tuple(mounts), manifest, everywhere if manifest else {})
 
 
@@ -320,7 +320,7 @@ def _options(layer: Mapping[str, _Given]) -> dict[str, str]:
     for key in ("endpoint", "region", "profile", "anonymous", "path-style"):
         if key not in layer:
             continue
-        value = _one(KEYS[key].kind, *layer[key])
+        value = read_one(KEYS[key].kind, *layer[key])
         if key == "endpoint":
             value = _clean_uri(*layer[key])
         if key == "path-style":
@@ -349,7 +349,7 @@ def _pairs(name: str, value: Any) -> dict[str, str]:
         field = key.replace("-", "_")
         if field in found:
             raise SettingError(name, key, "each option once")
-        found[field] = _one(TEXT, f"{name}: {key}", text)
+        found[field] = read_one(TEXT, f"{name}: {key}", text)
     return found
 
 
@@ -372,7 +372,7 @@ def _mount(name: str, item: Any) -> tuple[str, str | None, dict[str, str]]:
 
 
 def _shown_at(name: str, path: Any) -> str:
-    found: str = _one(PATH, name, path)
+    found: str = read_one(PATH, name, path)
     if ".." in str(path).split("/"):
         raise SettingError(name, path, "a path without ..")
     return found
@@ -440,15 +440,17 @@ def _tier(name: str, item: Any) -> TierSettings:
     for key in ("medium", "path"):
         if key not in parts:
             raise SettingError(name, item, f"a {key} in each of them")
-    path = _one(PATH, f"{name}: path", parts["path"])
+    path = read_one(PATH, f"{name}: path", parts["path"])
     if path == "/":
         raise SettingError(f"{name}: path", path, "a directory of its own")
     tier = TierSettings(
-        medium=_one(MEDIUM, f"{name}: medium", parts["medium"]),
+        medium=read_one(MEDIUM, f"{name}: medium", parts["medium"]),
         path=path,
-        quota=_one(QUOTA, f"{name}: size", parts["quota"]) if "quota" in parts else 0,
+        quota=read_one(QUOTA, f"{name}: size", parts["quota"]) if "quota" in parts else 0,
         **{
-            mark: _one(WATERMARK, f"{name}: {mark}", parts[mark]) for mark in ("high", "low") if mark in parts
+            mark: read_one(WATERMARK, f"{name}: {mark}", parts[mark])
+            for mark in ("high", "low")
+            if mark in parts
         },
         mounted=_one(BOOLEAN, f"{name}: mounted", parts["mounted"]) if "mounted" in parts else False,
     )
@@ -579,7 +581,7 @@ def runtime_directory(environment: Mapping[str, str]) -> str:
     A variable and not a key: a command that looks for a mount has not read its datacache.yaml.
     """
     if chosen := environment.get(f"{PREFIX}RUNTIME"):
-        return str(_one(PATH, f"{PREFIX}RUNTIME", chosen))
+        return str(read_one(PATH, f"{PREFIX}RUNTIME", chosen))
     session = _xdg("XDG_RUNTIME_DIR", environment)
     if os.geteuid() == 0 and (not session or _within(session, "/run/user")):
         # root's login session has one that ends with it, and its daemons do not.

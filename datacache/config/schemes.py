@@ -40,6 +40,9 @@ SCHEMES: Mapping[str, Scheme] = {
             "credentials": _KEYS,
             "ca_bundle": _TRUST,
             "requester_pays": "true: accept the costs of requests to a bucket that asks for it",
+            "role_arn": "role to take on with the web identity",
+            "web_identity": "file that holds the token of a web identity, for `role_arn`",
+            "sts_endpoint": "URL of the service that gives keys for a web identity, where it is not AWS's",
         },
     ),
     "oss": Scheme(
@@ -74,7 +77,10 @@ SCHEMES: Mapping[str, Scheme] = {
     ),
     "http": Scheme("a directory of a web server: http://host/path", {"ca_bundle": _TRUST}),
     "https": Scheme("a directory of a web server: https://host/path", {"ca_bundle": _TRUST}),
-    "file": Scheme("a directory of this machine: file:///path"),
+    "file": Scheme(
+        "a directory of this machine: file:///path",
+        {"inside": "a directory above it that no symbolic link on the way leads out of; read-only then"},
+    ),
 }
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")

@@ -142,6 +142,9 @@ class IndexSettings:
     """When the store is away and a listing is past its TTL: fail (EIO) instead of serving it as stale."""
     snapshot: str = ""
     """Name of the snapshot to use; empty for the live bucket."""
+    manifest_schemes: tuple[str, ...] = ()
+    """Of the URLs that a manifest may have; empty: all. Who writes the manifest is not always who runs the
+    worker, and `file` is what lies on its machine."""
 
 
 class Durability(enum.StrEnum):

@@ -1,39 +1,34 @@
 """
 A data set that is a list: JSON lines of object URLs, turned into a pinned catalogue.
 
-Each line is a URL in quotes, or an object with `url` and, optionally, `path` (where the object
-appears), `size`, and its version as `etag`, as `version_id`, or as `version` (an entity tag if it
-looks like one). Blank lines and lines that begin with `#` are skipped. Every URL's bucket or host is
-one mount point; the paths are those of the lines, so two of them may lie in one directory.
+`index.lines` says what a line may be. Every URL's bucket or host is one mount point; the paths are those of
+the lines, so two of them may lie in one directory.
 
 An object whose size or version the manifest does not say is asked for once, when the catalogue is
 made; the catalogue is kept under the digest of the manifest, so that the next start asks nothing.
-`read_manifest` holds every line against the rules, and `Manifest.items` reads them again one by one:
+`read_manifest` has every line held against the rules, and `Manifest.items` reads them again one by one:
 a list of millions is never in memory as objects.
 """
 
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-from urllib.parse import unquote
+from typing import NamedTuple
 
 from datacache.errors import NotFound, SettingError
 from datacache.index import database as db
-from datacache.index import layout, names
+from datacache.index import layout
 from datacache.index.building import Builder, new_catalogue
 from datacache.index.database import Database
+from datacache.index.lines import check_lines, lines, parsed
 from datacache.model import Dataset, MountPoint, ObjectInfo, Version
 from datacache.sources.source import Source
 
 _AT_ONCE = 32
 """Objects asked for at once: enough to hide 30 ms of latency behind 1,000 answers a second."""
-
-_FIELDS = {"url", "path", "size", "version", "etag", "version_id"}
 
 
 class Item(NamedTuple):
@@ -66,8 +61,8 @@ class Manifest:
     def items(self) -> Iterator[Item]:
         """The lines, read anew."""
         numbers = {mount.uri: number for number, mount in enumerate(self.mounts)}
-        for line, raw in _lines(self.data):
-            found = _parse(raw, self.uri, line)
+        for line, raw in lines(self.data):
+            found = parsed(raw, self.uri, line)
             yield Item(line, numbers[found.root], found.key, found.path, found.size, found.version)
 
     def build(
@@ -118,26 +113,9 @@ class Manifest:
 
 def read_manifest(data: bytes, *, uri: str) -> Manifest:
     """Check a manifest. Raises SettingError with the number of the line and what would be right."""
-    mounts: dict[str, MountPoint] = {}
-    # Hashes, not paths: 64 bytes an item. Where two meet, `_first_clash` looks whether it was chance.
-    files: set[int] = set()
-    directories: set[int] = set()
-    for line, raw in _lines(data):
-        root, _, path, _, _ = _parse(raw, uri, line)
-        mounts.setdefault(root, MountPoint(root))
-        if hash(path) in files:
-            _first_clash(data, uri)
-        files.add(hash(path))
-        cut = path.rfind("/")
-        while cut > 0 and hash(path[:cut]) not in directories:
-            directories.add(hash(path[:cut]))
-            cut = path.rfind("/", 0, cut)
-    if not files.isdisjoint(directories):
-        _first_clash(data, uri)
-    if not mounts:
-        raise SettingError("manifest", uri, "at least one line with the URL of an object")
+    roots = check_lines(data, uri=uri)
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-    return Manifest(uri, digest, tuple(mounts.values()), data)
+    return Manifest(uri, digest, tuple(map(MountPoint, roots)), data)
 
 
 def open_manifest(dataset: Dataset, manifest: Manifest, sources: Sequence[Source], *, state: str) -> Database:
@@ -156,121 +134,3 @@ def open_manifest(dataset: Dataset, manifest: Manifest, sources: Sequence[Source
             if name not in (".lock", digest + ".db"):
                 os.unlink(os.path.join(directory, name))
         return db.open_pinned(path, made_for=made_for, name=manifest.uri)
-
-
-def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Number and content of the lines that hold an item."""
-    start, number = 0, 0
-    while start < len(data):
-        stop = data.find(b"\n", start)
-        stop = len(data) if stop < 0 else stop
-        number += 1
-        raw = data[start:stop].strip()
-        start = stop + 1
-        if raw and not raw.startswith(b"#"):
-            yield number, raw
-
-
-class _Parsed(NamedTuple):
-    root: str
-    """scheme://bucket"""
-    key: str
-    path: str
-    size: int | None
-    version: Version
-
-
-def _parse(raw: bytes, uri: str, line: int) -> _Parsed:
-
-    def wrong(value: object, expected: str) -> SettingError:
-        return SettingError(f"{uri}, line {line}", value, expected)
-
-    try:
-        found: Any = json.loads(raw)
-    except (ValueError, RecursionError):
-        text = raw[:80].decode("utf-8", "replace")
-        raise wrong(
-            text, 'JSON: "s3://bucket/key" in quotes, or {"url": "s3://bucket/key", "size": 123}'
-        ) from None
-    if isinstance(found, str):
-        found = {"url": found}
-    if not isinstance(found, dict) or not isinstance(found.get("url"), str):
-        raise wrong(found, 'a URL in quotes, or an object with "url"')
-    if unknown := found.keys() - _FIELDS:
-        raise wrong(min(unknown), f"one of {', '.join(sorted(_FIELDS))}")
-    root, key = _split(found["url"], wrong)
-    path = found.get("path", key)
-    if not isinstance(path, str) or not _safe(path):
-        raise wrong(
-            path, 'a "path" below the data set: relative, without empty, "." or ".." parts or NUL, '
-            f"and no part over {names.NAME_MAX} bytes",
-        )  # fmt: skip
-    size = found.get("size")
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63):
-        raise wrong(size, '"size" as a number of bytes')
-    return _Parsed(root, key, path, size, _version(found, size, wrong))
-
-
-def _split(url: str, wrong: Callable[[object, str], SettingError]) -> tuple[str, str]:
-    scheme, colon, rest = url.partition("://")
-    host, _, key = rest.partition("/")
-    if not colon or not scheme or not (host or scheme == "file") or not key or key.endswith("/"):
-        raise wrong(url, "the URL of an object, such as s3://bucket/key")
-    if scheme == "file":
-        if host:
-            raise wrong(url, "file:///absolute/path")
-        return "file:///", key  # the root of all of them
-    if "@" in host:
-        raise wrong(f"{scheme}://...@{host.rpartition('@')[2]}", "a URL without a user or password")
-    if scheme in ("http", "https"):
-        if "?" in key or "#" in key:
-            raise wrong(url.partition("?")[0], "a URL without query and fragment")
-        key = unquote(key, errors="surrogateescape")
-    return f"{scheme}://{host}", key
-
-
-def _safe(path: str) -> bool:
-    try:
-        parts = names.to_bytes(path).split(b"/")
-    except UnicodeEncodeError:
-        return False
-    return all(
-        part not in (b"", b".", b"..") and len(part) <= names.NAME_MAX and b"\0" not in part for part in parts
-    )
-
-
-def _version(
-    found: dict[str, Any], size: int | None, wrong: Callable[[object, str], SettingError]
-) -> Version:
-    given = [name for name in ("version", "etag", "version_id") if name in found]
-    if not given:
-        return Version()
-    value = found[given[0]]
-    if len(given) > 1 or not isinstance(value, str) or not value:
-        raise wrong(value, 'one of "version", "etag" and "version_id", as text')
-    tag = value.startswith(('"', "W/"))
-    if given[0] == "etag" or (given[0] == "version" and tag):
-        return Version(etag=value if tag else f'"{value}"')
-    if size is None:
-        raise wrong(value, '"size" beside a version id, for a store is asked only for what is current')
-    return Version(version_id=value)
-
-
-def _first_clash(data: bytes, uri: str) -> None:
-    """Raise for the first line whose path is that of an earlier one, or a directory of another's."""
-    seen: dict[str, int] = {}
-    above: dict[str, int] = {}
-    for line, raw in _lines(data):
-        path = _parse(raw, uri, line).path
-        if path in seen:
-            raise SettingError(f"{uri}, line {line}", path, f'another "path": line {seen[path]} has this one')
-        seen[path] = line
-        for cut in (i for i, c in enumerate(path) if c == "/"):
-            above.setdefault(path[:cut], line)
-        for file in (path, *(path[:cut] for cut in (i for i, c in enumerate(path) if c == "/"))):
-            if file in seen and file in above:
-                other = max(seen[file], above[file])
-                raise SettingError(
-                    f"{uri}, line {other}", file, "a name that is either a file or a directory, not both; "
-                    f"line {min(seen[file], above[file])} has it as the other",
-                )  # fmt: skip

@@ -10,6 +10,9 @@ A version is a file's size, time of modification and inode. It is taken from the
 before and after each read, so that a read is of one version even without help of `checked`; a file
 rewritten in place to the same size within the clock's tick (4 ms before Linux 6.13) is not noticed.
 
+The directory itself may be reached over symbolic links; not so with `below`, where somebody else decides what
+lies above it.
+
 `LocalSink` puts files: written beside their place under another name, synced, then linked (where nothing may
 be there) or renamed, and the directory synced. A create is exact; between the look at the version that is to
 be replaced and the rename there is a window for other processes. Metadata are extended attributes
@@ -67,10 +70,12 @@ _UNFINISHED = b".datacache-put-"
 
 
 class LocalSource:
-    """The files below `root`."""
+    """The files below `root`; of its directory `below`, to which no symbolic link leads."""
 
-    def __init__(self, root: str) -> None:
-        self._root = os.path.abspath(os.fsencode(root))
+    def __init__(self, root: str, below: str = "") -> None:
+        self._top = os.path.abspath(os.fsencode(root))
+        self._below = [step for step in os.fsencode(below).split(b"/") if step]
+        self._root = os.path.join(self._top, *self._below)
         self._uri = "file://" + _text(self._root)
 
     def __repr__(self) -> str:
@@ -172,9 +177,9 @@ class LocalSource:
     @contextlib.contextmanager
     def _directory(self, steps: Names) -> Iterator[int]:
         """The directory that `steps` lead to, open. A link on the way is an error; the root may be one."""
-        at = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        at = os.open(self._top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for step in steps:
+            for step in (*self._below, *steps):
                 below = os.open(step, _DIRECTORY, dir_fd=at)
                 os.close(at)
                 at = below

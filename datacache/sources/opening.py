@@ -96,7 +96,7 @@ def _plan(mount: MountPoint, environment: Environment) -> Makers:
         name, prefix = bucket_of(mount.uri, scheme)
         return {"s3": _s3, "oss": _oss, "gs": _gs, "az": _az}[scheme](name, prefix, given, environment)
     if scheme == "file":
-        return _file(mount.uri)
+        return _file(mount.uri, given)
     return _web(mount.uri, given)
 
 
@@ -131,6 +131,7 @@ def _check_file(name: str, path: str, *, or_directory: bool = False) -> None:
 def _s3(name: str, prefix: str, given: _Options, environment: Environment) -> Makers:
     from datacache.sources.aws import Bucket, find_bucket
 
+    environment = _with_identity(given, environment)
     asked = Bucket(
         scheme="s3", name=name, prefix=prefix,
         endpoint=endpoint_of("option endpoint", given.text("endpoint")) if given.text("endpoint") else "",
@@ -141,6 +142,28 @@ def _s3(name: str, prefix: str, given: _Options, environment: Environment) -> Ma
     )  # fmt: skip
     variable = "AWS_ENDPOINT_URL_S3" if environment.get("AWS_ENDPOINT_URL_S3") else "AWS_ENDPOINT_URL"
     return _s3_maker(find_bucket(asked), variable)
+
+
+_STATIC = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+def _with_identity(given: _Options, environment: Environment) -> Environment:
+    """The environment in which the web identity of the options is the one that there is."""
+    role, token = given.text("role_arn"), given.file("web_identity")
+    sts = given.text("sts_endpoint")
+    if bool(role) != bool(token):
+        missing = "role_arn" if token else "web_identity"
+        raise SettingError(f"option {missing}", "", "role_arn and web_identity, both or neither")
+    if role and (given.text("credentials") or given.flag("anonymous")):
+        other = "credentials" if given.text("credentials") else "anonymous"
+        raise SettingError(f"option {other}", given.text(other), "none, with role_arn")
+    named = {
+        "AWS_ROLE_ARN": role,
+        "AWS_WEB_IDENTITY_TOKEN_FILE": token,
+        "AWS_ENDPOINT_URL_STS": endpoint_of("option sts_endpoint", sts) if sts else "",
+    }
+    found = {name: value for name, value in environment.items() if not (role and name in _STATIC)}
+    return found | {name: value for name, value in named.items() if value}
 
 
 def _s3_maker(bucket: "Bucket", variable: str) -> Makers:
@@ -312,10 +335,18 @@ def _first(environment: Environment, *names: str) -> str:
     return next((environment[name] for name in names if environment.get(name)), "")
 
 
-def _file(uri: str) -> Makers:
+def _file(uri: str, given: _Options) -> Makers:
     path = uri[len("file://") :]
     if not path.startswith("/"):
         raise SettingError("URI", uri, "file:///absolute/path")
+    if inside := given.text("inside").rstrip("/"):
+        below = path[len(inside) + 1 :]
+        if f"{path}/"[: len(inside) + 1] != f"{inside}/" or not {".", ".."}.isdisjoint(below.split("/")):
+            raise SettingError("option inside", inside, f"a directory above {path}")
+        return Makers(
+            lambda settings, clock: LocalSource(inside, below),
+            _read_only(uri, "option inside"),
+        )
     return Makers(lambda settings, clock: LocalSource(path), lambda settings, clock: LocalSink(path))
 
 

@@ -49,6 +49,26 @@ def test_the_root_may_be_a_link(tmp_path: Path) -> None:
     assert listed(LocalSource(str(tmp_path / "link"))) == ["file"]
 
 
+def test_what_lies_below_a_directory_is_reached_over_no_link(tmp_path: Path) -> None:
+    """Who may write to a claim may put links there; where they lead is not for him to read."""
+    top, outside = tmp_path / "claim", tmp_path / "outside"
+    for directory in (top / "a" / "b", outside / "b"):
+        directory.mkdir(parents=True)
+        (directory / "file").write_text("data")
+    (top / "up").symlink_to(outside)
+    (top / "a" / "last").symlink_to(outside / "b")
+    source = LocalSource(str(top), "a/b")
+    assert listed(source) == ["file"] and source.uri == f"file://{top}/a/b"
+    assert bytes(source.read(source.stat("file"), ByteRange(0, 4))) == b"data"
+    for below in ("up/b", "a/last"):
+        source = LocalSource(str(top), below)
+        with pytest.raises(SourceError):
+            listed(source)
+        with pytest.raises(SourceError):
+            source.stat("file")
+    assert listed(LocalSource(str(top))) == ["a/b/file"]
+
+
 def test_what_is_no_file_is_not_there(tmp_path: Path) -> None:
     """Pipes and sockets are not listed, and asking for one does not hang."""
     os.mkfifo(tmp_path / "pipe")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from datacache.clock import VirtualClock
+from datacache.config.parsing import dump_settings, load_settings, read_settings
 from datacache.config.settings import IndexSettings, SourceSettings
 from datacache.errors import NotFound, SettingError, Unavailable
 from datacache.index.index import Index
@@ -19,6 +20,7 @@ from datacache.sources.faulty import Fail, FaultySource
 from datacache.sources.memory import MemorySource
 from datacache.sources.opening import open_source
 from datacache.sources.source import Source
+from datacache.worker import opened_sources
 
 URI = "s3://lists/train.jsonl"
 
@@ -285,3 +287,17 @@ def test_a_manifest_that_was_not_read(tmp_path: Path) -> None:
         open_index(
             dataset, [MemorySource("s3://a")], IndexSettings(), state=str(tmp_path), clock=VirtualClock()
         )
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "memory://a/b"])
+def test_urls_that_the_manifest_may_not_have_are_refused(url: str, tmp_path: Path) -> None:
+    """Who writes a manifest may not read the files of the machine on which it is read, where it says so."""
+    (listed := tmp_path / "list").write_text(f'"https://host/a"\n"{url}"\n')
+    flags = {"manifest": f"file://{listed}", "manifest_schemes": "s3,https"}
+    settings = read_settings(flags, config_file=None, environment={"HOME": str(tmp_path)})
+    assert load_settings(dump_settings(settings)).index.manifest_schemes == ("s3", "https")
+    with (
+        pytest.raises(SettingError, match="expected URLs of s3, https only"),
+        opened_sources(settings, clock=VirtualClock()),
+    ):
+        pass

@@ -1,21 +1,26 @@
 """From a URI and its options to a source."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 
 from datacache.clock import VirtualClock
+from datacache.config.keys import applicable
 from datacache.config.schemes import SCHEMES
 from datacache.config.settings import SourceSettings
-from datacache.errors import SettingError
-from datacache.model import MountPoint
+from datacache.errors import SettingError, SourceError
+from datacache.model import ByteRange, MountPoint, ObjectInfo, Version
 from datacache.sources.checked import CheckedSource
 from datacache.sources.local import LocalSource
-from datacache.sources.opening import check_mount, open_raw, open_source
+from datacache.sources.opening import check_mount, open_raw, open_sink, open_source
 from datacache.sources.source import Source
 from datacache.sources.steady import SteadySource
+from tests.support.stub import Answer, Request, StubServer, always
+from tests.unit.test_credentials import identity
 
 NOTHING = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
 
@@ -79,7 +84,7 @@ def test_a_wrong_uri_is_refused_with_what_would_be_right(uri: str, expected: str
     ("uri", "options", "named", "expected"),
     [
         ("s3://bucket", {"color": "red"}, "option color", "endpoint, region, style"),
-        ("file:///tmp", {"region": "x"}, "option region", "none"),
+        ("file:///tmp", {"region": "x"}, "option region", "inside"),
         ("s3://bucket", {"anonymous": "maybe"}, "option anonymous", "true or false"),
         ("s3://bucket", {"style": "dns"}, "option style", "path or virtual or cname"),
         ("s3://bucket", {"style": "cname"}, "option style", "an option endpoint"),
@@ -275,3 +280,90 @@ def test_every_option_is_documented() -> None:
     for scheme, meaning in SCHEMES.items():
         assert f"{scheme}://" in page
         assert all(f"`{option}`" in page for option in meaning.options)
+
+
+ROLE = "arn:aws:iam::123456789012:role/reader"
+
+
+def test_a_directory_inside_another_is_read_and_not_written(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    whole = str(tmp_path)
+    assert uri_of(f"file://{whole}/a", inside=whole) == f"file://{whole}/a"
+    assert uri_of(f"file://{whole}", inside=f"{whole}/") == f"file://{whole}"
+    linked = opened(f"file://{whole}/link", inside=whole)
+    with pytest.raises(SourceError):
+        list(linked.list("", recursive=True))
+    with pytest.raises(SettingError, match="this can only be read"):
+        open_sink(
+            MountPoint(f"file://{whole}/a", options={"inside": whole}), SourceSettings(), environment={},
+            clock=VirtualClock(),
+        )  # fmt: skip
+    for inside, uri in ((f"{whole}/a", f"file://{whole}"), ("/claim", "file:///claims/x"),
+                        ("/claim", "file:///claim/a/../../etc")):  # fmt: skip
+        assert "a directory above" in str(refused(uri, inside=inside))
+
+
+def test_a_web_identity_of_options_is_the_only_one(tmp_path: Path) -> None:
+    """Neither keys nor another role of the environment are shown to that bucket."""
+    (token := tmp_path / "token").write_text("of the options")
+    asked = []
+
+    def sts(request: Request) -> Answer:
+        asked.append(parse_qs(request.body.decode()))
+        return identity(1, lifetime=3600)
+
+    with StubServer(sts) as service, StubServer(always(Answer(200, b"data", {"ETag": '"tag"'}))) as store:
+        source = opened(
+            "s3://bucket", {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_SECRET_ACCESS_KEY": "s",
+                            "AWS_SESSION_TOKEN": "t", "AWS_REGION": "us-east-1",
+                            "AWS_ROLE_ARN": "arn:aws:iam::1:role/other"},
+            endpoint=store.url, role_arn=ROLE, web_identity=str(token), sts_endpoint=service.url,
+        )  # fmt: skip
+        with contextlib.closing(source):
+            info = ObjectInfo("key", 4, Version('"tag"'))
+            assert bytes(source.read(info, ByteRange(0, 4))) == b"data"
+        assert "Credential=A1/" in store.requests[-1].headers["authorization"]
+    assert [(form["RoleArn"], form["WebIdentityToken"]) for form in asked] == [([ROLE], ["of the options"])]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"role_arn": ROLE},
+            "option web_identity: '' will not do; expected role_arn and web_identity, both or",
+        ),
+        (
+            {"web_identity": "/etc/passwd"},
+            "option role_arn: '' will not do; expected role_arn and web_identity",
+        ),
+        ({"role_arn": ROLE, "web_identity": "/nowhere"}, "option web_identity: '/nowhere' will not do"),
+        (
+            {"role_arn": ROLE, "web_identity": "/etc/passwd", "anonymous": "true"},
+            "expected none, with role_arn",
+        ),
+        (
+            {"role_arn": ROLE, "web_identity": "/etc/passwd", "sts_endpoint": "sts"},
+            "option sts_endpoint: 'sts'",
+        ),
+    ],
+)
+def test_half_a_web_identity_is_refused(options: dict[str, str], said: str) -> None:
+    assert said in str(refused("s3://bucket", **options))
+
+
+@pytest.mark.parametrize(
+    ("uri", "has"),
+    [
+        ("s3://b", {"credentials", "endpoint", "requester_pays", "nonsense"}),
+        ("gs://b", {"credentials", "endpoint", "nonsense"}),
+        ("https://h/x", {"nonsense"}),
+        ("file:///x", {"nonsense"}),
+        ("hf://x", {"credentials", "requester_pays", "nonsense"}),
+    ],
+)
+def test_options_for_many_are_for_those_that_have_them(uri: str, has: set[str]) -> None:
+    """What no scheme has stays, so that it is refused by name."""
+    options = dict.fromkeys(("credentials", "endpoint", "requester_pays", "nonsense"), "x")
+    assert set(applicable(uri, options)) == has

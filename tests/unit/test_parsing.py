@@ -451,7 +451,10 @@ def test_flags_of_the_store() -> None:
     }  # fmt: skip
     s3, site = read({"uri": ["s3://a=/a", "https://h/x=/b"], **flags}).dataset.mounts
     assert s3.options == alone.options
-    assert site.options == {"requester_pays": "true"}
+    assert site.options == {}
+    (other,) = [each for each in read({"uri": ["s3://a=/a", "https://h/x=/b"], "option": ["nonsense=1"]})
+                .dataset.mounts if each.path == "/b"]  # fmt: skip
+    assert other.options == {"nonsense": "1"}, "what nobody knows is refused, not dropped"
     (misplaced,) = read({"uri": "file:///x", "endpoint": "http://h:1"}).dataset.mounts
     assert misplaced.options == {"endpoint": "http://h:1"}, "alone it is refused by the source, not dropped"
     assert read({"path-style": True}).dataset.mounts[0].options == {"style": "path"}
