@@ -9,8 +9,9 @@ import socket
 import threading
 from typing import Any
 
-from datacache.config.keys import PATH, QUOTA, Kind, spell_size
-from datacache.errors import DatacacheError, SettingError
+from datacache.config.keys import AUDIENCE, PATH, QUOTA, Kind, spell_size
+from datacache.config.parsing import read_one
+from datacache.errors import DatacacheError
 from datacache.kube.release import TIER_ROOTS, Release
 
 EXAMPLES = """\
@@ -55,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(TIER_ROOTS))  # fmt: skip
     add("--tier-quota", default=spell_size(plain.tier_quota), metavar="SIZE",
         help=f"of the tier of a Dataset that names none; default {spell_size(plain.tier_quota)}")  # fmt: skip
+    add("--web-identity-audience", action="append", default=[], metavar="AUDIENCE",
+        help="for whom a Dataset may have tokens of its ServiceAccount, such as sts.amazonaws.com; may be "
+        "repeated; default: none may")  # fmt: skip
     add(
         "--kubeconfig",
         default="",
@@ -104,14 +108,14 @@ def read_release(args: argparse.Namespace) -> Release:
         **{name: _one(name.replace("_", "-"), getattr(args, name), PATH) for name in _DIRECTORIES},
         tier_roots=tuple(_one("tier-root", each, PATH) for each in args.tier_root or TIER_ROOTS),
         tier_quota=_one("tier-quota", args.tier_quota, QUOTA),
+        audiences=tuple(
+            _one("web-identity-audience", each, AUDIENCE) for each in args.web_identity_audience
+        ),
     )  # fmt: skip
 
 
 def _one(flag: str, text: str, kind: Kind) -> Any:
-    try:
-        return kind.read(text)
-    except (ValueError, SettingError) as error:
-        raise SettingError(f"--{flag}", text, kind.expected) from error
+    return read_one(kind, f"--{flag}", text)
 
 
 def _name(text: str) -> str:

@@ -157,13 +157,15 @@ class ControlClient(_Client):
 class RemoteClient(_Client):
     """Implements `control.RemoteControl` by asking the worker at `url`, http(s)://HOST:PORT.
 
-    `ca` is a file of the certificates that sign the worker's (empty: the system's), `server_name` what is to
-    stand in that (empty: HOST), for a worker that is asked by its address. Raises SettingError.
+    `ca` is a file of the certificates that sign the worker's, or `authorities` they themselves in PEM (both
+    empty: the system's), `server_name` what is to stand in that (empty: HOST), for a worker that is asked by
+    its address. Raises SettingError.
     """
 
     def __init__(
-        self, url: str, *, token: str = "", ca: str = "", server_name: str = "", timeout: float = TIMEOUT
-    ) -> None:
+        self, url: str, *, token: str = "", ca: str = "", authorities: str = "", server_name: str = "",
+        timeout: float = TIMEOUT,
+    ) -> None:  # fmt: skip
         scheme, _, address = url.rstrip("/").partition("://")
         host, _, port = address.rpartition(":")
         if scheme not in ("http", "https") or not host or not port.isdecimal() or "/" in address:
@@ -174,7 +176,7 @@ class RemoteClient(_Client):
         self._tls: ssl.SSLContext | None = None
         if scheme == "https":
             try:
-                self._tls = ssl.create_default_context(cafile=ca or None)
+                self._tls = ssl.create_default_context(cafile=ca or None, cadata=authorities or None)
             except (OSError, ValueError) as error:
                 raise SettingError("ca", ca, f"a file of certificates in PEM ({_reason(error)})") from error
 

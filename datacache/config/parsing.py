@@ -452,7 +452,7 @@ def _tier(name: str, item: Any) -> TierSettings:
             for mark in ("high", "low")
             if mark in parts
         },
-        mounted=_one(BOOLEAN, f"{name}: mounted", parts["mounted"]) if "mounted" in parts else False,
+        mounted=read_one(BOOLEAN, f"{name}: mounted", parts["mounted"]) if "mounted" in parts else False,
     )
     if tier.mounted and (tier.medium is not Medium.MEM or not tier.quota or os.path.dirname(path) == "/"):
         expected = "false, or a mem tier with a quota, in a directory on which a tmpfs is mounted"

@@ -6,6 +6,7 @@ remembered here, and nothing is tried again but what urllib3 does for connection
 client's own classes for objects are not used: what we apply are plain values, and must arrive as they are.
 """
 
+import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -151,14 +152,27 @@ class Api:
         patch = {"metadata": {"finalizers": [*finalizers], "resourceVersion": metadata["resourceVersion"]}}
         return self.merge(name, patch)
 
-    def post(self, obj: Object, kind: str, reason: str, message: str, *, now: str) -> None:
-        """Post an event on `obj`, of `kind` Normal or Warning."""
+    def token(self, account: Name, audience: str, *, seconds: int) -> tuple[str, str]:
+        """A token by which `audience` knows a ServiceAccount, and when it ends (RFC 3339). The API may give
+        it another life than `seconds`."""
+        asked = {"audiences": [audience], "expirationSeconds": seconds}
+        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": asked}
+        said = self._ask("POST", f"{_path(account)}/token", body)["status"]
+        return str(said["token"]), str(said["expirationTimestamp"])
+
+    def post(
+        self, obj: Object, kind: str, reason: str, message: str, *, now: str, once: bool = False
+    ) -> None:
+        """Post an event on `obj`, of `kind` Normal or Warning. `once`: raises Conflicting where one of this
+        reason was posted like that before, as long as events are kept."""
         metadata = obj["metadata"]
+        of = f"{metadata['uid']}/{reason}".encode()
+        mark = hashlib.sha256(of).hexdigest()[:16] if once else secrets.token_hex(8)
         self.create({
             "apiVersion": "v1",
             "kind": "Event",
             "metadata": {
-                "namespace": metadata["namespace"], "name": f"{metadata['name']}.{secrets.token_hex(8)}",
+                "namespace": metadata["namespace"], "name": f"{metadata['name']}.{mark}",
             },
             "involvedObject": {
                 "apiVersion": obj["apiVersion"], "kind": obj["kind"], "namespace": metadata["namespace"],

@@ -1,19 +1,21 @@
 """
 Which workers of a Dataset there are, and what they answer: those that can be reached, all at once.
 
-A worker is asked at its pod's address, with the Dataset's token. Who does not answer, in the time that the
-connection gives it, is left out: what that means is for the caller to say.
+A worker is asked at its pod's address, with the Dataset's token; over TLS, where its pod says so, and it is
+known by a certificate of its Dataset then. Who does not answer, in the time that the connection gives it, is
+left out: what that means is for the caller to say.
 """
 
 import base64
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from datacache.errors import DatacacheError
 from datacache.kube.api import Api
-from datacache.kube.manifests import UID_LABEL
+from datacache.kube.authority import Authorities
+from datacache.kube.manifests import TLS_ANNOTATION, UID_LABEL, worker_name
 from datacache.kube.release import API_PORT, Name, Release, volume_name
 
 _log = logging.getLogger(__name__)
@@ -34,6 +36,9 @@ class Worker(Protocol):
     def load(self, path: str, *, globs: tuple[str, ...], bandwidth: int, verify: bool) -> str:
         """Start a load job; its id."""
 
+    def announce(self, files: tuple[str, ...]) -> str:
+        """Say in which order these will be read; the id of the job that does."""
+
     def load_status(self, job: str) -> Mapping[str, Any]:
         """How the job is doing."""
 
@@ -41,13 +46,28 @@ class Worker(Protocol):
         """Have it stop."""
 
 
+class Trust(NamedTuple):
+    """By what a worker is known that is asked over TLS."""
+
+    authorities: str
+    """In PEM: who signs its certificate."""
+    name: str
+    """What it is called there."""
+
+
+Connect = Callable[[str, str, Trust | None], Worker]
+"""Makes a Worker of URL, token, and what a URL of https is trusted by."""
+
+
 class Asking:
-    """Finds workers and asks them. Threads may share it. `connect` makes a Worker of URL and token."""
+    """Finds workers and asks them. Threads may share it."""
 
     def __init__(
-        self, api: Api, release: Release, *, connect: Callable[[str, str], Worker], pool: ThreadPoolExecutor
-    ) -> None:
+        self, api: Api, release: Release, *, connect: Connect, pool: ThreadPoolExecutor,
+        authorities: Authorities,
+    ) -> None:  # fmt: skip
         self._api, self._release, self._connect, self._pool = api, release, connect, pool
+        self._authorities = authorities
 
     def pods(self, uid: str) -> list[Object]:
         """The pods of the Dataset's workers, those that end among them."""
@@ -64,8 +84,15 @@ class Asking:
             node, address = pod["spec"].get("nodeName"), (pod.get("status") or {}).get("podIP")
             if node and address and token and not pod["metadata"].get("deletionTimestamp"):
                 host = f"[{address}]" if ":" in address else address
-                found[node] = self._connect(f"http://{host}:{API_PORT}", token)
+                annotations = pod["metadata"].get("annotations") or {}
+                secure = annotations.get(TLS_ANNOTATION) == "true"
+                trust = self._trust(uid) if secure else None
+                url = f"{'https' if secure else 'http'}://{host}:{API_PORT}"
+                found[node] = self._connect(url, token, trust)
         return found
+
+    def _trust(self, uid: str) -> Trust:
+        return Trust(self._authorities.trusted(), worker_name(uid, self._release))
 
     def ask(
         self, workers: Mapping[str, Worker], question: Callable[[str, Worker], Answer]

@@ -23,7 +23,8 @@ from datacache.clock import Clock, SystemClock
 from datacache.cluster.client import RemoteClient
 from datacache.errors import ClusterError, Conflicting
 from datacache.kube.api import Api
-from datacache.kube.asking import Asking, Worker
+from datacache.kube.asking import Asking, Connect, Trust
+from datacache.kube.authority import Authorities
 from datacache.kube.lease import DEADLINE, EVERY, Lease
 from datacache.kube.loading import Loader
 from datacache.kube.manifests import DATASET_ANNOTATION, UID_LABEL
@@ -66,6 +67,11 @@ class Uses:
                 self._by_pod[uid] = (node, claims)
         return before ^ claims
 
+    def pods_of(self, key: Key) -> set[str]:
+        """The uids of those on nodes."""
+        with self._lock:
+            return {uid for uid, (_, claims) in self._by_pod.items() if key in claims}
+
     def nodes_of(self, key: Key) -> set[str]:
         with self._lock:
             return {node for node, claims in self._by_pod.values() if key in claims}
@@ -76,9 +82,9 @@ class Controller:
 
     def __init__(
         self, configured: client.Configuration, release: Release, *, me: str, clock: Clock | None = None,
-        connect: Callable[[str, str], Worker] | None = None,
+        connect: Connect | None = None,
     ) -> None:  # fmt: skip
-        """`connect` makes a worker of its URL and token; over its API unless told otherwise."""
+        """`connect` makes workers that can be asked; over their API unless told otherwise."""
         self._configured, self._release, self._me = configured, release, me
         self._connect = connect or RemoteWorker
         self._clock = clock or SystemClock()
@@ -103,10 +109,17 @@ class Controller:
             if not self._acquire(lease, stop):
                 return
             _log.info("%s acts", self._me)
-            asking = Asking(api, self._release, connect=self._connect, pool=pool)
+            authorities = Authorities(api, self._release, clock=self._clock)
+            asking = Asking(api, self._release, connect=self._connect, pool=pool, authorities=authorities)
             look = {
                 DATASET: Reconciler(
-                    api, self._release, asking, clock=self._clock, nodes_of=self._uses.nodes_of
+                    api,
+                    self._release,
+                    asking,
+                    clock=self._clock,
+                    nodes_of=self._uses.nodes_of,
+                    pods_of=self._uses.pods_of,
+                    authorities=authorities,
                 ).look,
                 LOAD: Loader(
                     api, self._release, asking, clock=self._clock, dataset_changed=self._dataset_changed
@@ -247,14 +260,20 @@ class Controller:
 class RemoteWorker:
     """A worker over its API."""
 
-    def __init__(self, url: str, token: str) -> None:
-        self._client = RemoteClient(url, token=token, timeout=PATIENCE)
+    def __init__(self, url: str, token: str, trust: Trust | None = None) -> None:
+        authorities, name = trust or ("", "")
+        self._client = RemoteClient(
+            url, token=token, authorities=authorities, server_name=name, timeout=PATIENCE
+        )
 
     def status(self) -> Mapping[str, Any]:
         return self._client.status()
 
     def load(self, path: str, *, globs: tuple[str, ...], bandwidth: int, verify: bool) -> str:
         return self._client.load(LoadRequest(path, globs=globs, bandwidth=bandwidth, verify=verify))
+
+    def announce(self, files: tuple[str, ...]) -> str:
+        return self._client.load(LoadRequest(files=files, order=True))
 
     def load_status(self, job: str) -> Mapping[str, Any]:
         return asdict(self._client.load_status(job))

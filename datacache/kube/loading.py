@@ -16,6 +16,7 @@ from datacache.errors import ClusterError, ControlError, DatacacheError, Setting
 from datacache.kube import loads
 from datacache.kube.api import OURS, Api
 from datacache.kube.asking import Asking, Worker
+from datacache.kube.beside import read_key
 from datacache.kube.loads import Job, Loading, LoadSpec, Node
 from datacache.kube.manifests import node_label
 from datacache.kube.phase import rfc3339, seconds_since
@@ -70,7 +71,7 @@ class Loader:
         reason, message, loading = self._bring_on(key, obj, before)
         after = loads.status(
             before, generation=obj["metadata"]["generation"], loading=loading, reason=reason, message=message,
-            now=rfc3339(self._clock.wall()),
+            now=rfc3339(self._clock.wall()), order=bool(obj["spec"].get("order")),
         )  # fmt: skip
         if after != before:
             gone: Object = dict.fromkeys(before.keys() - after.keys())
@@ -90,7 +91,7 @@ class Loader:
         except SettingError as error:
             return "Invalid", str(error), []
         dataset = self._api.get(Name(OURS, "Dataset", key.namespace, spec.dataset))
-        count = len(spec.targets)
+        count = spec.jobs
         as_before = {node: loads.remembered(before, node, targets=count) for node in sorted(known)}
         waiting = list(as_before.values())
         if dataset is None:
@@ -104,14 +105,27 @@ class Loader:
                 return "NoNodes", str(error), []
             # Written down before any job is started: it is decided once.
             return "", "", [Loading(node, targets=count, answers=False) for node in chosen]
+        try:
+            files = self._order(key, spec)
+        except SettingError as error:
+            return "NoOrder", str(error), waiting
         workers = self._asking.reach(dataset["metadata"]["uid"])
         asked = {node: worker for node, worker in workers.items()
                  if node in known and not as_before[node].ended}  # fmt: skip
-        now = self._asking.ask(asked, lambda node, worker: bring_on(worker, spec, known[node]))
+        now = self._asking.ask(asked, lambda node, worker: bring_on(worker, spec, known[node], files))
         return "", "", [
             Loading(node, now[node], targets=count) if node in now else as_before[node]
             for node in sorted(known)
         ]  # fmt: skip
+
+    def _order(self, key: Key, spec: LoadSpec) -> tuple[str, ...]:
+        if (order := spec.order) is None:
+            return ()
+        config_map = self._api.get(Name("v1", "ConfigMap", key.namespace, order.config_map))
+        data = read_key(
+            config_map, name=order.config_map, key=order.key, field=order.field, namespace=key.namespace
+        )
+        return loads.read_order(data, order)
 
     def _nodes(self, dataset: Object) -> list[Node]:
         label = node_label(dataset["metadata"]["uid"])
@@ -189,22 +203,28 @@ def _stop(worker: Worker, jobs: tuple[str, ...]) -> None:
         worker.load_cancel(job)
 
 
-def bring_on(worker: Worker, spec: LoadSpec, known: tuple[str, ...]) -> tuple[Job, ...]:
-    """The jobs of one node, the next one started when it is its turn. Raises DatacacheError when the worker
-    does not answer."""
+def bring_on(
+    worker: Worker, spec: LoadSpec, known: tuple[str, ...], files: tuple[str, ...] = ()
+) -> tuple[Job, ...]:
+    """The jobs of one node, the next one started when it is its turn. `files`: the order, where that is what
+    is asked for. Raises DatacacheError when the worker does not answer."""
     worker.status()  # it answers: what it says of a job from here on is about the job
     jobs: list[Job] = []
-    for i, target in enumerate(spec.targets):
+    for i in range(spec.jobs):
         job = _asked(worker, known[i]) if i < len(known) else None
         if job is None:
-            id = worker.load(target.path, globs=target.globs, bandwidth=spec.bandwidth, verify=spec.verify)
-            job = _asked(worker, id)
+            job = _asked(worker, worker.announce(files) if spec.order else _started(worker, spec, i))
         if job is None:
             break
         jobs.append(job)
         if job.state == "running":
             break
     return tuple(jobs)
+
+
+def _started(worker: Worker, spec: LoadSpec, i: int) -> str:
+    target = spec.targets[i]
+    return worker.load(target.path, globs=target.globs, bandwidth=spec.bandwidth, verify=spec.verify)
 
 
 def _asked(worker: Worker, id: str) -> Job | None:

@@ -6,6 +6,7 @@ the status, so that whoever goes on after a restart finds them; a job that a wor
 was started again) is asked for again, and finds what is there already.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,11 @@ from typing import Any
 from datacache.config.keys import PATH
 from datacache.errors import SettingError
 from datacache.kube.fields import Field
-from datacache.kube.spec import DNS, NOT_YET, read_labels
+from datacache.kube.spec import DNS, NOT_YET, read_labels, read_reference
 from datacache.model import TiB, format_size
 
+MAX_ORDER = 1_000_000
+"""Bytes of an order as it is sent: a worker takes a request of 1 MiB."""
 SHOWN_FAILURES = 20
 """Files that could not be loaded which the status names."""
 PENDING, EXECUTING, COMPLETE, FAILED = "Pending", "Executing", "Complete", "Failed"
@@ -34,6 +37,15 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Order:
+    """Where it stands in which order files will be read."""
+
+    config_map: str
+    key: str
+    field: str = "spec.order.configMapKeyRef"
+
+
+@dataclass(frozen=True)
 class LoadSpec:
     """A DataLoad that can be done."""
 
@@ -48,13 +60,20 @@ class LoadSpec:
     verify: bool = False
     ttl: int | None = None
     """Seconds after its end at which it goes; None: never."""
+    order: Order | None = None
+    """With it nothing is loaded: workers are told in which order files will be read."""
+
+    @property
+    def jobs(self) -> int:
+        """Those of one node: one after the other."""
+        return 1 if self.order else len(self.targets)
 
 
 def read_load(obj: Mapping[str, Any]) -> LoadSpec:
     """What `obj` says. Raises SettingError for what is wrong or not built yet, and nothing else."""
     spec = Field("", obj)["spec"].only(
         "dataset", "target", "nodes", "nodeSelector", "replicas", "bandwidth", "verify", "policy",
-        "ttlSecondsAfterFinished",
+        "ttlSecondsAfterFinished", "order",
     )  # fmt: skip
     policy = spec["policy"]
     if policy.one_of(("Once", "Cron", "OnEvent"), default="Once") != "Once":
@@ -72,7 +91,33 @@ def read_load(obj: Mapping[str, Any]) -> LoadSpec:
         bandwidth=spec["bandwidth"].size(1, TiB) if spec["bandwidth"].given else 0,
         verify=spec["verify"].flag(default=False),
         ttl=ttl.whole(0, 2**31 - 1) if ttl.given else None,
+        order=_order(spec) if spec["order"].given else None,
     )
+
+
+def _order(spec: Field) -> Order:
+    for field, plain in (
+        ("target", ([{"path": "/"}], None)),
+        ("bandwidth", (None,)),
+        ("verify", (False, None)),
+    ):
+        if spec[field].value not in plain:
+            raise spec[field].refuse("none, with order, which loads nothing by itself")
+    reference = spec["order"].only("configMapKeyRef")["configMapKeyRef"]
+    return Order(*read_reference(reference))
+
+
+def read_order(data: bytes, order: Order) -> tuple[str, ...]:
+    """The paths in `data`, one a line or, where it has any, ended by NUL. Any byte is allowed in a path.
+    Raises SettingError."""
+    what = f"{order.field}.key"
+    names = data.split(b"\0") if b"\0" in data else data.splitlines()
+    found = tuple("/" + name.decode("utf-8", "surrogateescape").strip("/") for name in names if name)
+    if not found:
+        raise SettingError(what, order.key, "one with paths, one a line")
+    if (size := len(json.dumps(found))) > MAX_ORDER:
+        raise SettingError(what, order.key, f"at most {MAX_ORDER} bytes of paths, of which it has {size}")
+    return found
 
 
 def _target(item: Field) -> Target:
@@ -250,8 +295,10 @@ def status(
     reason: str,
     message: str,
     now: str,
+    order: bool = False,
 ) -> dict[str, Any]:
-    """The status that should stand there. `reason` and `message`: what it waits for, if anything."""
+    """The status that should stand there. `reason` and `message`: what it waits for, if anything. `order`: it
+    announces one, and loads nothing."""
     phase = _phase(loading, waits=bool(reason), before=before)
     found: dict[str, Any] = {"phase": phase, "observedGeneration": generation}
     if before.get("started") or phase != PENDING:
@@ -259,8 +306,8 @@ def status(
     if phase in ENDED:
         found["finished"] = before.get("finished") or now
     if loading:
-        found |= _progress(loading)
-    said = (reason, message) if reason and phase == PENDING else _said(phase, loading)
+        found |= _progress(loading, order=order)
+    said = (reason, message) if reason and phase == PENDING else _said(phase, loading, order=order)
     found["conditions"] = [_condition(phase == COMPLETE, *said, generation, before, now)]
     return found
 
@@ -274,15 +321,20 @@ def _phase(loading: Sequence[Loading], *, waits: bool, before: Mapping[str, Any]
     return EXECUTING if started and not waits else PENDING
 
 
-def _said(phase: str, loading: Sequence[Loading]) -> tuple[str, str]:
+def _said(phase: str, loading: Sequence[Loading], *, order: bool) -> tuple[str, str]:
+    nodes = f"{len(loading)} {'node' if len(loading) == 1 else 'nodes'}"
     if phase == COMPLETE:
-        return "Loaded", f"all of it is there, on {len(loading)} {'node' if len(loading) == 1 else 'nodes'}"
+        if order:
+            count = max(job.files for each in loading for job in each.jobs)
+            return "Announced", f"it is known on {nodes} in which order {count} files will be read"
+        return "Loaded", f"all of it is there, on {nodes}"
     if phase == FAILED:
         failed = sum(job.files_failed for each in loading for job in each.jobs)
         cancelled = [each.node for each in loading if each.state == "cancelled"]
         if cancelled and not failed:
             return "Cancelled", f"its job was cancelled on node {cancelled[0]}"
-        return "FilesFailed", f"{failed} {'file' if failed == 1 else 'files'} could not be loaded"
+        what = "named in the order cannot be read" if order else "could not be loaded"
+        return "FilesFailed", f"{failed} {'file' if failed == 1 else 'files'} {what}"
     for each in loading:
         for job in each.jobs:
             if job.waiting:
@@ -307,7 +359,7 @@ def _condition(
     }  # fmt: skip
 
 
-def _progress(loading: Sequence[Loading]) -> dict[str, Any]:
+def _progress(loading: Sequence[Loading], *, order: bool) -> dict[str, Any]:
     jobs = [job for each in loading for job in each.jobs]
     running = [job for job in jobs if job.state == "running"]
     done, total = sum(job.bytes_done for job in jobs), sum(job.bytes for job in jobs)
@@ -321,6 +373,8 @@ def _progress(loading: Sequence[Loading]) -> dict[str, Any]:
         "nodes": len(loading), "nodesDone": sum(each.ended for each in loading),
     }  # fmt: skip
     shown = {"loaded": f"{format_size(done)} of {format_size(total)}{'' if listed else ' or more'}"}
+    if order:
+        shown = {"loaded": "order only"}
     if running and rate:
         progress["throughput"] = rate
         shown["throughput"] = f"{format_size(rate)}/s"

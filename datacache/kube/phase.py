@@ -90,14 +90,20 @@ class Observed:
     refused: str = ""
     """Why its spec cannot be done, in a sentence; empty: it can."""
     missing: str = ""
-    """Which Secret or key it names is not there, in a sentence."""
+    """What of that which it names beside itself is not there, or will not do, in a sentence."""
+    lacks: str = "SecretMissing"
+    """The reason of a condition that says so."""
     failed: str = ""
     """What the API said when the objects were to be made; empty: they are there."""
     claim: str = ""
     """Phase of the PersistentVolumeClaim: Pending, Bound, Lost; empty: there is none."""
+    placed_otherwise: bool = False
+    """The volume sends pods by the nodeAffinity that it was made with, and the spec has another by now."""
     workers: Workers | None = None
     """None: there is no DaemonSet."""
     figures: tuple[Figures, ...] = ()
+    ended: tuple[str, ...] = ()
+    """Workers that ended and have not come up since: a line each, with the node and what it said last."""
     silent: tuple[str, ...] = ()
     """Nodes that should have a worker, or had one with dirty data, and none there answers."""
     deleting: bool = False
@@ -237,13 +243,20 @@ def _accepted(seen: Observed) -> _Condition:
     if seen.refused:
         return _Condition("Accepted", FALSE, "Invalid", seen.refused)
     if seen.missing:
-        return _Condition("Accepted", FALSE, "SecretMissing", seen.missing)
+        return _Condition("Accepted", FALSE, seen.lacks, seen.missing)
     if seen.failed:
         return _Condition("Accepted", FALSE, "Refused", f"the API refuses its objects: {seen.failed}")
     return _Condition("Accepted", TRUE, "Accepted", "the spec can be done")
 
 
 def _bound(seen: Observed) -> _Condition:
+    if seen.claim == "Bound" and seen.placed_otherwise:
+        said = (
+            "the claim is bound; its volume keeps the nodeAffinity that it was made with, by which pods are "
+            "placed, while workers go by the new one: delete the claim when no pod uses it, and both are "
+            "made anew"
+        )
+        return _Condition("VolumeBound", TRUE, "PlacedAsBefore", said)
     if seen.claim == "Bound":
         return _Condition(
             "VolumeBound", TRUE, "Bound", "the claim of the Dataset's name is bound to its volume"
@@ -267,7 +280,11 @@ def _workers(seen: Observed) -> _Condition:
         said = "no node needs a worker: they come with the first pod that mounts it, or a DataLoad"
         return _Condition("WorkersReady", TRUE, "NoneWanted", said)
     if of.ready < of.wanted:
-        return _Condition("WorkersReady", FALSE, "Starting", f"{of.ready} of {of.wanted} workers are ready")
+        said = f"{of.ready} of {of.wanted} workers are ready"
+        if seen.ended:
+            said += f"; {_few(seen.ended, '', '', mark='; ')}"
+            return _Condition("WorkersReady", FALSE, "WorkersEnd", said)
+        return _Condition("WorkersReady", FALSE, "Starting", said)
     if of.updated < of.wanted:
         said = f"{of.updated} of {of.wanted} workers have the settings of now"
         return _Condition("WorkersReady", TRUE, "Rolling", said)

@@ -66,5 +66,7 @@ class Release:
     """Below which a Dataset may have tiers: who may create one decides where a worker, as root, writes."""
     tier_quota: int = 100 * 1024 * MiB
     """Bytes of the SSD tier of a Dataset that says nothing of tiers."""
+    audiences: tuple[str, ...] = ()
+    """For whom tokens of users' ServiceAccounts may be asked, as web identities; empty: for nobody."""
     budget: int = 512 * MiB
     """Bytes of memory that a worker needs beside its MEM tiers."""

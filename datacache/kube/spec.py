@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datacache.config.keys import KEYS, NAME, PATH, QUOTA, REGION, TEXT, URI, WATERMARK
+from datacache.config.keys import AUDIENCE, KEYS, NAME, PATH, QUOTA, REGION, TEXT, URI, WATERMARK
 from datacache.config.schemes import SCHEMES, SECRET_NAME, Options, bucket_of, endpoint_of, key_part
 from datacache.config.settings import (
     CacheSettings,
@@ -33,7 +33,7 @@ from datacache.kube.release import Release
 from datacache.model import Dataset, Medium, MountPoint, TiB
 from datacache.telemetry import redact
 
-READ, WRITE = "ReadOnlyMany", "ReadWriteMany"
+READ, WRITE = MANY = "ReadOnlyMany", "ReadWriteMany"
 NOT_YET = "is not built yet"
 """What the refusal of a planned thing says; docs/kubernetes.md lists them."""
 
@@ -46,7 +46,13 @@ _KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 _FILES = ("ca_bundle", "credentials")
 """Options whose value is a file: of a Secret here."""
 _NOT_HERE = {"profile": "no profiles in a worker: name the keys in encryptOptions",
-             "client": "nothing: the S3 endpoint of OSS is what workers use"}  # fmt: skip
+             "client": "nothing: the S3 endpoint of OSS is what workers use",
+             "web_identity": "role_arn, and whose identity it is as serviceAccountName"}  # fmt: skip
+_AUDIENCE = "audience"
+"""An option that is ours, and no source's: for whom a web identity is."""
+AWS_STS = "sts.amazonaws.com"
+"""The audience where no other is given."""
+_ROLE = r"arn:[A-Za-z0-9-]{1,32}:iam:[^:\s]{0,64}:[^:\s]{0,64}:role/[^\s]{1,512}"
 _SIGNED = ("s3", "oss", "gs")
 """Schemes that need keys, or `anonymous`: a worker has no identity of its own that a user could borrow."""
 
@@ -65,16 +71,33 @@ class SecretFile:
 
 @dataclass(frozen=True)
 class Mount:
-    """A mount point, and what of Secrets it needs."""
+    """A mount point, and what it needs from beside the Dataset."""
 
     point: MountPoint
-    """Without the options that are files."""
+    """Without the options that are files. `pvc://NAME/path` is for people: a worker has it as a directory."""
     files: tuple[SecretFile, ...] = ()
+    claim: str = ""
+    """The volume claim that it is; empty for a store."""
+    audience: str = ""
+    """For whom the web identity is with which the bucket is opened; empty: for nobody."""
+    field: str = ""
+    """The path of what says so, for messages."""
 
     @property
     def slug(self) -> str:
         """What its files lie under: the same as long as its path is, whatever other mounts come and go."""
         return hashlib.sha256(self.point.path.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class ManifestSpec:
+    """A list of objects that is the Dataset, instead of mounts."""
+
+    store: Mount
+    """Its object; options and keys are those of all stores that it names. Without a URI for a ConfigMap."""
+    field: str
+    config_map: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +136,20 @@ class DatasetSpec:
     """Which nodes have a worker without being asked; empty: those that mount or load it."""
     node_affinity: Mapping[str, Any] | None
     """`required` of a node affinity, as given: where workers may be."""
+    manifest: ManifestSpec | None = None
+    """With it there are no mounts."""
+    account: str = ""
+    """The ServiceAccount of its namespace whose web identity opens buckets; empty: none."""
+
+    @property
+    def stores(self) -> tuple[Mount, ...]:
+        """What has options and keys of its own."""
+        return self.mounts if self.manifest is None else (self.manifest.store,)
+
+    @property
+    def audiences(self) -> list[str]:
+        """For whom it needs a token of its account."""
+        return sorted({mount.audience for mount in self.stores} - {""})
 
     @property
     def writable(self) -> bool:
@@ -131,7 +168,7 @@ class DatasetSpec:
     def secrets(self) -> dict[str, set[str]]:
         """The keys that it names, by Secret."""
         found: dict[str, set[str]] = {}
-        for mount in self.mounts:
+        for mount in self.stores:
             for file in mount.files:
                 found.setdefault(file.secret, set()).add(file.key)
         return found
@@ -145,7 +182,7 @@ def read_dataset(obj: Mapping[str, Any], release: Release) -> DatasetSpec:
         raise name.refuse("a name of at most 63 characters")
     spec = whole["spec"].only(
         "mounts", "accessModes", "consistency", "tieredstore", "shared", "placement", "write", "nodeAffinity",
-        "nodeSelector", "tolerations", "owner", "worker", "serviceAccountName",
+        "nodeSelector", "tolerations", "owner", "worker", "serviceAccountName", "manifest",
     )  # fmt: skip
     modes = _access_modes(spec["accessModes"])
     writable = WRITE in modes
@@ -157,12 +194,15 @@ def read_dataset(obj: Mapping[str, Any], release: Release) -> DatasetSpec:
     writing, upload = _write(spec["write"], writable=writable)
     worker = spec["worker"].only("resources", "priorityClassName", "tolerations", "podMetadata")
     tolerations = [*spec["tolerations"].items(), *worker["tolerations"].items()]
+    listed = spec["manifest"].given
+    if listed and spec["mounts"].given:
+        raise spec["manifest"].refuse("either mounts or a manifest, not both")
     read = DatasetSpec(
         namespace=whole["metadata"]["namespace"].text(),
         name=name.text(),
         uid=whole["metadata"]["uid"].matching(r"[0-9a-f-]{8,64}", "the uid that the API gave it"),
         generation=whole["metadata"]["generation"].whole(0, 2**63),
-        mounts=_mounts(spec["mounts"], writable=writable),
+        mounts=() if listed else _mounts(spec["mounts"], writable=writable),
         access_modes=modes,
         index=index,
         cache=CacheSettings(tiers=tiers, priority=priority),
@@ -172,8 +212,11 @@ def read_dataset(obj: Mapping[str, Any], release: Release) -> DatasetSpec:
         worker=_worker(worker, tuple(map(_toleration, tolerations))),
         node_selector=read_labels(spec["nodeSelector"]),
         node_affinity=_node_affinity(spec["nodeAffinity"]),
+        manifest=_manifest(spec["manifest"], writable=writable) if listed else None,
+        account=_account(spec["serviceAccountName"], release),
     )
     _check_memory(worker["resources"], read, release)
+    _check_identity(spec["serviceAccountName"], read, release)
     return read
 
 
@@ -184,9 +227,6 @@ def _refuse_what_is_not_built(spec: Field) -> None:
     placement = spec["placement"]
     if placement.one_of(("replicate", "shard"), default="replicate") != "replicate":
         raise placement.refuse(f"replicate: sharding {NOT_YET}")
-    account = spec["serviceAccountName"]
-    if account.given:
-        raise account.refuse(f"none: web identity {NOT_YET}; name keys of a Secret in encryptOptions")
 
 
 def _access_modes(given: Field) -> tuple[str, ...]:
@@ -227,6 +267,8 @@ def _mounts(given: Field, *, writable: bool) -> tuple[Mount, ...]:
             raise item["readOnly"].refuse(f"false, with {WRITE}: a mount that cannot be written {NOT_YET}")
         if writable and mount.point.uri.startswith("http"):
             raise item["mountPoint"].refuse(f"a bucket, with {WRITE}: web servers take no files")
+        if writable and mount.claim:
+            raise item["mountPoint"].refuse(f"a bucket, with {WRITE}: claims are read here, and not written")
         mounts.append(mount)
     return tuple(mounts)
 
@@ -245,10 +287,21 @@ def _mount(item: Field, *, alone: bool) -> Mount:
         raise item["name"].refuse("a name (or a path) for each mount when there are several")
     if item["name"].given:
         item["name"].read(NAME)
-    options = _options(item["options"], scheme)
+    if scheme == "pvc":
+        for beside in ("options", "encryptOptions"):
+            if item[beside].value:
+                raise item[beside].refuse("none: a claim has neither options nor keys")
+        return Mount(
+            MountPoint(uri, path, {}), claim=uri.removeprefix("pvc://").partition("/")[0], field=item.path
+        )
+    return _store(item, uri, scheme, path)
+
+
+def _store(item: Field, uri: str, scheme: str, path: str) -> Mount:
+    options, audience = _options(item["options"], scheme)
     files = _files(item["encryptOptions"], scheme)
     _check_keys(item, scheme, options, files)
-    return Mount(MountPoint(uri, path, options), files)
+    return Mount(MountPoint(uri, path, options), files, audience=audience, field=item.path)
 
 
 def _uri(given: Field) -> tuple[str, str]:
@@ -260,7 +313,7 @@ def _uri(given: Field) -> tuple[str, str]:
     scheme = scheme.lower()
     uri = f"{scheme}://{rest}"
     if scheme == "pvc":
-        raise given.refuse(f"an object store: volume claims as mounts {NOT_YET}")
+        return _claim(given, rest), scheme
     if scheme in ("file", "local"):
         raise given.refuse("an object store: directories of a node are not for users to read")
     if scheme == "dataset":
@@ -281,8 +334,54 @@ def _uri(given: Field) -> tuple[str, str]:
     return uri, scheme
 
 
-def _options(given: Field, scheme: str) -> dict[str, str]:
-    known = [name for name in SCHEMES[scheme].options if name not in (*_FILES, *_NOT_HERE)]
+def _claim(given: Field, text: str) -> str:
+    name, _, path = text.partition("/")
+    steps = path.rstrip("/").split("/") if path.rstrip("/") else []
+    if not re.fullmatch(DNS, name, re.ASCII) or len(name) > 253 or "?" in path:
+        raise given.refuse("pvc://NAME/path, with the name of a PersistentVolumeClaim of its namespace")
+    if any(step in ("", ".", "..") for step in steps):
+        raise given.refuse("a path in the claim without empty steps, . and ..")
+    return "/".join(["pvc:/", name, *steps])
+
+
+def _manifest(given: Field, *, writable: bool) -> ManifestSpec:
+    given.only("configMapKeyRef", "uri", "options", "encryptOptions")
+    if writable:
+        raise given.refuse(f"none, with {WRITE}: what is a list cannot be written")
+    reference, uri = given["configMapKeyRef"], given["uri"]
+    if reference.given == uri.given:
+        raise given.refuse("either configMapKeyRef or uri: where the list is")
+    if reference.given:
+        config_map, key = read_reference(reference)
+        options, audience = _options(given["options"], "")
+        files = _files(given["encryptOptions"], "s3")
+        _check_whole(given, options, files)
+        store = Mount(MountPoint("", "/", options), files, audience=audience, field=given.path)
+        return ManifestSpec(store, given.path, config_map, key)
+    where, scheme = _uri(uri)
+    if scheme == "pvc" or where.endswith("/") or not where.partition("://")[2].partition("/")[2]:
+        raise uri.refuse("the URI of an object, such as s3://bucket/list.jsonl")
+    return ManifestSpec(_store(given, where, scheme, "/"), given.path)
+
+
+def read_reference(given: Field) -> tuple[str, str]:
+    """Name and key of a `configMapKeyRef`. Raises SettingError."""
+    given.only("name", "key")
+    return (
+        given["name"].matching(DNS, "the name of a ConfigMap of the same namespace"),
+        given["key"].matching(
+            r"[-._a-zA-Z0-9]{1,253}", "a key of the ConfigMap: letters, digits, dots, dashes, underscores"
+        ),
+    )
+
+
+def _options(given: Field, scheme: str) -> tuple[dict[str, str], str]:
+    """Options of the source, and the audience, which is ours. Without a scheme: of whatever a list names."""
+    schemes = [scheme] if scheme else [name for name in SCHEMES if name != "file"]
+    known = {name: None for each in schemes for name in SCHEMES[each].options}
+    known = {name: None for name in known if name not in (*_FILES, *_NOT_HERE)}
+    if "s3" in schemes:
+        known[_AUDIENCE] = None
     found: dict[str, str] = {}
     for written, item in given.members().items():
         name = written.replace("-", "_")
@@ -292,7 +391,8 @@ def _options(given: Field, scheme: str) -> dict[str, str]:
             raise item.refuse(_NOT_HERE[name])
         if name not in known:
             names = ", ".join(known) or "none"
-            raise item.refuse(f"no such option: {scheme}:// has {names} (docs/sources.md)")
+            whose = f"{scheme}:// has" if scheme else "there are"
+            raise item.refuse(f"no such option: {whose} {names} (docs/sources.md)")
         if name in found:
             raise item.refuse(f"{name} once")
         found[name] = item.read(TEXT).strip()
@@ -309,7 +409,13 @@ def _options(given: Field, scheme: str) -> dict[str, str]:
         raise given["account"].refuse("the name of the storage account")
     if found.get("style") == "cname" and "endpoint" not in found:
         raise given["style"].refuse("path or virtual, or an endpoint with it: the URL that is the bucket")
-    return found
+    audience = found.pop(_AUDIENCE, "")
+    if "role_arn" in found:
+        return found, audience or AWS_STS
+    for name, value in ((_AUDIENCE, audience), ("sts_endpoint", found.get("sts_endpoint"))):
+        if value:
+            raise given.members()[_written(given, name)].refuse("role_arn beside it: which role is taken on")
+    return found, ""
 
 
 def _written(given: Field, name: str) -> str:
@@ -325,6 +431,16 @@ def _check_option(read: Options, scheme: str, name: str) -> None:
             kind, _, rest = url.partition("://")
             url = f"{kind}://{rest.partition('/')[0]}"
         endpoint_of(name, url)
+    elif name == "sts_endpoint":
+        endpoint_of(name, read.text(name))
+    elif name == "role_arn":
+        if not re.fullmatch(_ROLE, read.text(name), re.ASCII):
+            raise SettingError(name, read.text(name), "a role such as arn:aws:iam::123456789012:role/reader")
+    elif name == _AUDIENCE:
+        try:
+            AUDIENCE.read(read.text(name))
+        except ValueError as error:
+            raise SettingError(name, read.text(name), AUDIENCE.expected) from error
     elif name in ("anonymous", "requester_pays"):
         read.flag(name)
     elif name == "style":
@@ -373,23 +489,62 @@ def _no_such_file(scheme: str, name: str) -> str:
 
 def _check_keys(item: Field, scheme: str, options: Mapping[str, str], files: tuple[SecretFile, ...]) -> None:
     """Keys are whole, and there are some unless none are needed."""
-    names, given = {file.option for file in files}, item["encryptOptions"]
-    keys = names & {"credentials", *_KEYS}
+    keys, given = _check_whole(item, options, files), item["encryptOptions"]
     if Options(options).flag("anonymous"):
-        if keys:
-            raise given.refuse("none, or options without anonymous")
         return
-    if "credentials" in keys and len(keys) > 1:
-        raise given.refuse("either credentials or the single keys, not both")
-    if keys and "credentials" not in keys and not {*_KEYS[:2]} <= keys:
-        raise given.refuse(f"both {_KEYS[0]} and {_KEYS[1]}")
-    if scheme in _SIGNED and not keys:
+    if scheme in _SIGNED and not keys and "role_arn" not in options:
         what = f"{_KEYS[0]} and {_KEYS[1]}" if scheme != "gs" else "credentials"
         raise given.refuse(f'{what} from a Secret, or `anonymous: "true"` in options for a public bucket')
     if scheme == "az":
         raise item["options"].refuse(
             f'`anonymous: "true"` in it, for a public container: keys of Azure {NOT_YET}'
         )
+
+
+def _check_whole(item: Field, options: Mapping[str, str], files: tuple[SecretFile, ...]) -> set[str]:
+    """The keys among `files`, which are of one kind, and whole."""
+    given = item["encryptOptions"]
+    keys = {file.option for file in files} & {"credentials", *_KEYS}
+    if Options(options).flag("anonymous"):
+        if keys:
+            raise given.refuse("none, or options without anonymous")
+        if "role_arn" in options:
+            raise item["options"].refuse("either anonymous or role_arn in it, not both")
+    if keys and "role_arn" in options:
+        raise given.refuse("none, or options without role_arn")
+    if "credentials" in keys and len(keys) > 1:
+        raise given.refuse("either credentials or the single keys, not both")
+    if keys and "credentials" not in keys and not {*_KEYS[:2]} <= keys:
+        raise given.refuse(f"both {_KEYS[0]} and {_KEYS[1]}")
+    return keys
+
+
+def _account(given: Field, release: Release) -> str:
+    if not given.given:
+        return ""
+    if not release.audiences:
+        raise given.refuse(
+            "none, but keys of a Secret in encryptOptions: the operator has web identity turned off (the "
+            "chart's webIdentity.enabled)"
+        )
+    return given.matching(DNS, "the name of a ServiceAccount of its namespace")
+
+
+def _check_identity(given: Field, spec: DatasetSpec, release: Release) -> None:
+    """An account, and who takes its identity: both, or neither. And only for whom the operator allows: a
+    token opens what its audience lets it, and goes wherever an option says."""
+    wanting = [store for store in spec.stores if store.audience]
+    if spec.account and not wanting:
+        raise given.refuse("none, or the option role_arn at a mount of s3://, which would use it")
+    for store in wanting:
+        options = f"{store.field}.options"
+        if not spec.account:
+            expected = "serviceAccountName with it: whose identity it is"
+            raise SettingError(f"{options}[role_arn]", store.point.options["role_arn"], expected)
+        if store.audience not in release.audiences:
+            allowed = " or ".join(release.audiences)
+            expected = f"{allowed} (the chart's webIdentity.audiences)"
+            raise SettingError(f"{options}[{_AUDIENCE}]", store.audience, expected)
 
 
 # ---- tiers ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from kubernetes import client
 
 from datacache.errors import ControlError
 from datacache.kube.api import OURS, Api, configuration
+from datacache.kube.asking import Trust
 from datacache.kube.release import Name, Release
 from tests.cluster.plane import ControlPlane, wait_until
 
@@ -52,6 +53,7 @@ class Team:
         self.namespace, self.node = f"team-{number}", f"node-{number}"
         self.answers: dict[str, Mapping[str, Any]] = {}
         self.nodes: list[str] = []
+        self.volumes: list[Name] = []
         self.tokens: set[str] = set()
         self.jobs: dict[str, Mapping[str, Any]] = {}
         self.asked: list[tuple[Any, ...]] = []
@@ -66,7 +68,10 @@ class Team:
         wait_until(lambda: self.api.get(account), "the account that pods need")
 
     def close(self) -> None:
-        """Leave no node behind, on which pods of other tests could come to lie."""
+        """Leave no node behind, on which pods of other tests could come to lie, and no volume."""
+        for name in self.volumes:
+            if volume := self.api.get(name):
+                self.api.delete(name, uid=volume["metadata"]["uid"])
         for name in self.nodes:
             if node := self.api.get(Name("v1", "Node", "", name)):
                 self.api.delete(Name("v1", "Node", "", name), uid=node["metadata"]["uid"])
@@ -88,9 +93,10 @@ class Team:
             for option, key in (("aws_access_key_id", "id"), ("aws_secret_access_key", "secret"))
         ]
         mount = {"mountPoint": "s3://bucket/prefix", "encryptOptions": keys}
+        given = {key: value for key, value in ({"mounts": [mount]} | spec).items() if value is not None}
         return self.api.create(
             {"apiVersion": OURS, "kind": "Dataset", "metadata": {"namespace": self.namespace, "name": name},
-             "spec": {"mounts": [mount]} | spec}
+             "spec": given}
         )  # fmt: skip
 
     def see(self, name: str = "data") -> Object | None:
@@ -123,14 +129,44 @@ class Team:
         """The DataLoad, its status in it."""
         return self.api.get(Name(OURS, "DataLoad", self.namespace, name))
 
+    # What lies beside a Dataset
+
+    def claim(self, name: str = "nas", *, volume: str = "", modes: str = "ReadWriteMany") -> Object:
+        """A claim of a NAS that is bound; its volume."""
+        volume = volume or f"{self.namespace}-{name}"
+        self.volumes.append(Name("v1", "PersistentVolume", "", volume))
+        spec = {"accessModes": [modes], "storageClassName": ""}
+        self.api.create(
+            {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": volume},
+             "spec": spec | {
+                 "capacity": {"storage": "1Ti"}, "persistentVolumeReclaimPolicy": "Retain",
+                 "mountOptions": ["nfsvers=4.1"],
+                 "nfs": {"server": "10.0.0.1", "path": f"/{volume}"},
+                 "claimRef": {"namespace": self.namespace, "name": name}}}
+        )  # fmt: skip
+        self.api.create(
+            {"apiVersion": "v1", "kind": "PersistentVolumeClaim",
+             "metadata": {"namespace": self.namespace, "name": name},
+             "spec": spec | {"volumeName": volume, "resources": {"requests": {"storage": "1Ti"}}}}
+        )  # fmt: skip
+        where = Name("v1", "PersistentVolumeClaim", self.namespace, name)
+        wait_until(lambda: (self.api.get(where) or {})["status"].get("phase") == "Bound", "a bound claim")
+        return self.api.get(self.volumes[-1]) or {}
+
+    def config_map(self, name: str, **data: str) -> Name:
+        """A ConfigMap, made or changed."""
+        metadata = {"namespace": self.namespace, "name": name}
+        self.api.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
+        return Name("v1", "ConfigMap", self.namespace, name)
+
     # Pods
 
-    def pod(self, name: str = "reader", claim: str = "data") -> Name:
+    def pod(self, name: str = "reader", claim: str = "data", **container: Any) -> Name:
         """A pod that uses a claim, on the node of this team."""
         self.api.create(
             {"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": self.namespace, "name": name},
              "spec": {"nodeName": self.node, "terminationGracePeriodSeconds": 0,
-                      "containers": [{"name": "c", "image": "local.test/none:1"}],
+                      "containers": [{"name": "c", "image": "local.test/none:1"} | container],
                       "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": claim}}]}}
         )  # fmt: skip
         return Name("v1", "Pod", self.namespace, name)
@@ -156,10 +192,12 @@ class Team:
                         "conditions": [condition]}},
             part="status",
         )  # fmt: skip
-        self.answers[f"http://{address}:7400"] = answer
+        self.answers[f"https://{address}:7400"] = answer
 
-    def connect(self, url: str, token: str) -> "ScriptedWorker":
+    def connect(self, url: str, token: str, trust: Trust | None) -> "ScriptedWorker":
         """The API of the worker at `url`."""
+        assert trust is not None and "BEGIN CERTIFICATE" in trust.authorities
+        assert trust.name.startswith("datacache-") and trust.name.endswith(f".{RELEASE.namespace}.svc")
         self.tokens.add(token)
         return ScriptedWorker(self, url)
 
@@ -183,6 +221,13 @@ class ScriptedWorker:
         self.status()
         job = f"job{len(self._team.asked)}"
         self._team.asked.append((path, globs, bandwidth, verify))
+        self._team.jobs[job] = job_says()
+        return job
+
+    def announce(self, files: tuple[str, ...]) -> str:
+        self.status()
+        job = f"job{len(self._team.asked)}"
+        self._team.asked.append(files)
         self._team.jobs[job] = job_says()
         return job
 

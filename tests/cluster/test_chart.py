@@ -65,6 +65,10 @@ def test_helm_finds_nothing_to_say(own: ControlPlane) -> None:
         (["--set=tiers.roots={relative}"], "at '/tiers/roots/0': 'relative' does not match pattern"),
         (["--set=image.pullPolicy=Sometimes"], "at '/image/pullPolicy': value must be one of 'Always'"),
         (["--set=controller.replicas=two"], "at '/controller/replicas': got string, want integer"),
+        (
+            ["--set=webIdentity.audiences={a b}"],
+            "at '/webIdentity/audiences/0': 'a b' does not match pattern",
+        ),
         (["--set=tiers.defaultQuota=lots"], "at '/tiers/defaultQuota': 'lots' does not match pattern"),
         (
             ["--set=worker.priorityClass.name=system-node-critical"],
@@ -143,7 +147,7 @@ def test_the_controller_may_do_what_it_does_and_nothing_else(installed: ControlP
 
 
 def _whole_life(team: Team) -> None:
-    """All that a controller does: a Dataset with keys, a pod, a worker, a load with an end, and the end."""
+    """All that a controller does: a Dataset with keys, a pod, a worker, loads with an end, and the end."""
     obj = team.dataset()
     wait_until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
     pod = team.pod()
@@ -152,6 +156,12 @@ def _whole_life(team: Team) -> None:
     wait_until(lambda: team.jobs, "the load to begin")
     team.jobs["job0"] = job_says("done", done=4)
     wait_until(lambda: team.loading() is None, "the load to go")
+    team.config_map("epochs", **{"1": "a"})
+    order = {"configMapKeyRef": {"name": "epochs", "key": "1"}}
+    team.load("order", nodes=[team.node], order=order, ttlSecondsAfterFinished=0)
+    wait_until(lambda: "job1" in team.jobs, "the order to be announced")
+    team.jobs["job1"] = job_says("done", done=1, of=1)
+    wait_until(lambda: team.loading("order") is None, "the load to go")
     team.end(pod)
     team.delete()
 
@@ -219,6 +229,54 @@ def test_what_a_controller_may_not(installed: ControlPlane, verb: str, what: str
     resource, _, part = what.partition("/")
     asked = ["auth", "can-i", verb, resource, f"--subresource={part}", "-n", "default", f"--as={ACCOUNT}"]
     assert installed.kubectl(*asked, check=False).out.strip() == "no"
+
+
+WEB = ["--set=webIdentity.enabled=true"]
+
+
+@pytest.mark.parametrize(
+    ("more", "may", "may_not"),
+    [
+        ([], [("default", "any"), ("kube-system", "any")], []),
+        (["--set=webIdentity.namespaces={default}"], [("default", "any")], [("kube-system", "any")]),
+        (["--set=webIdentity.serviceAccounts={reader}"], [("default", "reader")], [("default", "any")]),
+    ],
+)
+def test_tokens_of_users_accounts_are_asked_as_far_as_the_operator_says(
+    installed: ControlPlane, more: list[str], may: list[tuple[str, str]], may_not: list[tuple[str, str]]
+) -> None:
+    """None, unless it is turned on: the table above has that."""
+    rendered = installed.helm(
+        "template", "datacache", str(CHART), "-n", SPACE, *IMAGE, *WEB, *more, "-s", "templates/rights.yaml"
+    ).out
+    installed.kubectl("apply", "-f", "-", given=rendered)
+    kinds = ["role", "rolebinding", "clusterrole", "clusterrolebinding"]
+    try:
+        for (space, account), allowed in [(each, "yes") for each in may] + [(each, "no") for each in may_not]:
+            asked = [
+                "auth",
+                "can-i",
+                "create",
+                f"serviceaccounts/{account}",
+                "--subresource=token",
+                "-n",
+                space,
+            ]
+            said = installed.kubectl(*asked, f"--as={ACCOUNT}", check=False).out.strip()
+            assert said == allowed, f"{account} of {space}"
+    finally:
+        for kind in kinds:
+            spaced = ["-n", "default"] if "cluster" not in kind else []
+            installed.kubectl("delete", kind, "datacache-web-identity", *spaced, "--ignore-not-found")
+
+
+def test_audiences_are_those_of_the_values(own: ControlPlane) -> None:
+    rendered = own.helm(
+        "template", "datacache", str(CHART), "-n", SPACE, *IMAGE, *WEB, "-s", "templates/controller.yaml"
+    ).out
+    assert "- --web-identity-audience=sts.amazonaws.com" in rendered
+    plain = own.helm("template", "datacache", str(CHART), *IMAGE, "-s", "templates/controller.yaml").out
+    assert "web-identity" not in plain
 
 
 def test_workers_may_nothing(installed: ControlPlane) -> None:

@@ -1,10 +1,13 @@
 """A Dataset on a real API server, controller manager and scheduler: what becomes of it, and what is left."""
 
+import base64
 import json
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from datacache.clock import VirtualClock
 from datacache.errors import ClusterError
 from datacache.kube.api import OURS, configuration
 from datacache.kube.asking import Asking
+from datacache.kube.authority import Authorities
+from datacache.kube.beside import Beside, Token, Twin
 from datacache.kube.controller import Controller
 from datacache.kube.loading import Loader
 from datacache.kube.manifests import CONFIG_ANNOTATION, node_label, objects
@@ -53,17 +58,24 @@ class Looker:
     """A controller that looks when it is told to."""
 
     def __init__(self, plane: ControlPlane, team: Team) -> None:
-        self.team, self.clock = team, VirtualClock()
+        # It begins now: what the API gives ends some time after that.
+        self.team, self.clock = team, VirtualClock(float(int(time.time())))
         self.nodes: set[str] = set()
+        self.pods: set[str] = set()
+        self.release = RELEASE
         self.api = CountingApi(configuration(str(plane.kubeconfig)))
         self.pool = ThreadPoolExecutor(4, "ask")
         self._begin()
 
     def _begin(self) -> None:
-        asking = Asking(self.api, RELEASE, connect=self.team.connect, pool=self.pool)
-        self.reconciler = Reconciler(
-            self.api, RELEASE, asking, clock=self.clock, nodes_of=lambda key: self.nodes
+        authorities = Authorities(self.api, self.release, clock=self.clock)
+        asking = Asking(
+            self.api, self.release, connect=self.team.connect, pool=self.pool, authorities=authorities
         )
+        self.reconciler = Reconciler(
+            self.api, self.release, asking, clock=self.clock, nodes_of=lambda key: self.nodes,
+            pods_of=lambda key: self.pods, authorities=authorities,
+        )  # fmt: skip
         self.loader = Loader(self.api, RELEASE, asking, clock=self.clock, dataset_changed=lambda key: None)
 
     def begin_again(self) -> None:
@@ -144,7 +156,10 @@ def test_objects_are_taken_by_the_api_as_they_are(team: Team, looker: Looker) ->
         worker={"resources": {"requests": {"cpu": 2}}, "podMetadata": {"labels": {"team": "a"}}},
     )  # fmt: skip
     spec = read_dataset(team.see(), RELEASE)
-    for obj in objects(spec, RELEASE, keys={"a.b": "eA=="}, token="eA=="):
+    twin = Twin("nas", "datacache-twin", {"nfs": {"server": "n", "path": "/"}}, ("ReadOnlyMany",), ("hard",))
+    token = Token("sts.amazonaws.com", "a.b.c", renew="2026-11-26T21:48:00Z", of="me")
+    beside = Beside({"a.b": "eA=="}, (twin,), b'"s3://bucket/a"', (token,))
+    for obj in objects(spec, RELEASE, beside=beside, token="eA=="):
         looker.api.apply(obj, dry_run=True)
     with pytest.raises(ClusterError, match="field not declared in schema"):
         looker.api.apply(obj | {"spec": obj["spec"] | {"nonsense": 1}}, dry_run=True)
@@ -374,6 +389,315 @@ def test_a_pod_that_waits_for_a_worker_is_told_why_once(team: Team, looker: Look
 def _unplaced(team: Team, obj: dict) -> bool:
     conditions = [c for each in team.workers(obj) for c in each["status"].get("conditions", ())]
     return any(each["type"] == "PodScheduled" and each["status"] == "False" for each in conditions)
+
+
+# ---- what lies beside it -------------------------------------------------------------------------
+
+
+def _said(team: Team, type: str = "Accepted") -> str:
+    return next(each["message"] for each in team.status()["conditions"] if each["type"] == type)
+
+
+def _pod_template(team: Team, obj: dict) -> dict:
+    name = Name("apps/v1", "DaemonSet", RELEASE.namespace, f"datacache-{obj['metadata']['uid']}")
+    return team.api.get(name)["spec"]["template"]
+
+
+def _twins(team: Team, obj: dict) -> list[str]:
+    """Of claims, in the namespace of the release: their names."""
+    labels = f"datacache.io/dataset-uid={obj['metadata']['uid']}"
+    found = team.api.list("v1", "PersistentVolumeClaim", namespace=RELEASE.namespace, labels=labels)
+    return [each["metadata"]["name"] for each in found]
+
+
+def test_a_claim_has_a_twin_where_the_workers_are(team: Team, looker: Looker) -> None:
+    obj = team.dataset(mounts=[{"mountPoint": "pvc://nas/raw"}])
+    looker.look()
+    assert team.conditions()["Accepted"] == ("False", "ClaimUnusable")
+    assert f"a PersistentVolumeClaim that there is in namespace {team.namespace}" in _said(team)
+    source = team.claim()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the Dataset to be well")
+    (name,) = _twins(team, obj)
+    twin = Name("v1", "PersistentVolumeClaim", RELEASE.namespace, name)
+    wait_until(lambda: team.api.get(twin)["status"].get("phase") == "Bound", "the twin to be bound")
+    volume = team.api.get(Name("v1", "PersistentVolume", "", name))
+    assert volume["spec"]["nfs"] == source["spec"]["nfs"]
+    assert volume["spec"]["mountOptions"] == ["nfsvers=4.1"]
+    looker.look()
+    looker.api.writes.clear()
+    for begin in (lambda: None, looker.begin_again):
+        begin()
+        looker.look()
+        assert looker.api.writes == []
+    claim = team.api.get(Name("v1", "PersistentVolumeClaim", team.namespace, "nas"))
+    marks = [claim["metadata"].get(of) for of in ("labels", "annotations", "finalizers")]
+    assert "datacache" not in str(marks), "the user's own is left as it is"
+    team.delete()
+    looker.until(lambda: _ended(team, obj) and team.see() is None, "the Dataset to go")
+    assert left_of(team, obj["metadata"]["uid"]) == []
+    assert team.api.get(Name("v1", "PersistentVolume", "", source["metadata"]["name"]))
+
+
+def test_a_twin_goes_with_its_mount_when_no_worker_has_it(team: Team, looker: Looker) -> None:
+    team.claim()
+    mounts = [{"mountPoint": "pvc://nas", "name": "nas"}, {"mountPoint": "https://host/x", "name": "web"}]
+    obj = team.dataset(mounts=mounts)
+    looker.nodes = {team.node}
+    looker.until(lambda: team.workers(obj), "a worker")
+    (name,) = _twins(team, obj)
+    twin = Name("v1", "PersistentVolumeClaim", RELEASE.namespace, name)
+    wait_until(
+        lambda: team.api.get(twin)["status"].get("phase")
+        == "Bound", "the twin to be bound",
+    )  # fmt: skip
+    wait_until(lambda: any(w["spec"].get("nodeName") for w in team.workers(obj)), "a worker on a node")
+    team.api.merge(Name(OURS, "Dataset", team.namespace, "data"), {"spec": {"mounts": mounts[1:]}})
+    looker.look()
+    looker.look()
+    assert _twins(team, obj) == [name], "a worker of before has it mounted"
+
+    def gone() -> bool:
+        for each in team.workers(obj):
+            if each["metadata"].get("deletionTimestamp"):
+                team.end(Name("v1", "Pod", RELEASE.namespace, each["metadata"]["name"]))
+        return not _twins(team, obj)
+
+    looker.until(gone, "the twin to go, after its worker")
+
+
+def test_a_claim_of_one_node_only_is_refused(team: Team, looker: Looker) -> None:
+    team.claim(modes="ReadWriteOnce")
+    team.dataset(mounts=[{"mountPoint": "pvc://nas"}])
+    looker.look()
+    assert team.conditions()["Accepted"] == ("False", "ClaimUnusable")
+    assert "expected a volume that many nodes may mount (ReadOnlyMany or ReadWriteMany)" in _said(team)
+
+
+def test_a_claim_that_names_the_volume_of_another_gets_nothing(team: Team, looker: Looker) -> None:
+    """Everybody may write the name of any volume into a claim of his own."""
+    volume = team.claim("theirs")["metadata"]["name"]
+    team.api.create(
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim",
+         "metadata": {"namespace": team.namespace, "name": "mine"},
+         "spec": {"accessModes": ["ReadWriteMany"], "storageClassName": "", "volumeName": volume,
+                  "resources": {"requests": {"storage": "1Gi"}}}}
+    )  # fmt: skip
+    obj = team.dataset(mounts=[{"mountPoint": "pvc://mine"}])
+    looker.look()
+    assert "expected a claim that is bound" in _said(team) and _twins(team, obj) == []
+
+
+LISTED = {"configMapKeyRef": {"name": "lists", "key": "epoch"}}
+
+
+def test_a_list_in_a_config_map_is_a_dataset_and_another_list_rolls_the_workers(
+    team: Team, looker: Looker
+) -> None:
+    obj = team.dataset(mounts=None, manifest=LISTED)
+    looker.look()
+    assert team.conditions()["Accepted"] == ("False", "ManifestUnusable")
+    team.config_map("lists", epoch='"https://host/a"', secret="not to be copied")
+    looker.until(lambda: team.status().get("phase") == "Bound", "the Dataset to be well")
+    copy = Name("v1", "ConfigMap", RELEASE.namespace, f"datacache-{obj['metadata']['uid']}-manifest")
+    assert team.api.get(copy)["data"] == {"manifest.jsonl": '"https://host/a"'}
+    before = _pod_template(team, obj)["metadata"]["annotations"][CONFIG_ANNOTATION]
+    looker.look()
+    assert _pod_template(team, obj)["metadata"]["annotations"][CONFIG_ANNOTATION] == before
+    team.config_map("lists", epoch='"https://host/b"')
+    looker.look()
+    assert team.api.get(copy)["data"] == {"manifest.jsonl": '"https://host/b"'}
+    assert _pod_template(team, obj)["metadata"]["annotations"][CONFIG_ANNOTATION] != before
+    team.config_map("lists", epoch='"file:///etc/shadow"')
+    looker.look()
+    assert team.conditions()["Accepted"] == ("False", "ManifestUnusable")
+    assert "line 1" not in _said(team) and "'file:///' will not do; expected URLs of s3://" in _said(team)
+    assert team.api.get(copy)["data"] == {"manifest.jsonl": '"https://host/b"'}, "what works goes on"
+
+
+def test_a_list_as_long_as_a_config_map_may_be_is_taken(team: Team, looker: Looker) -> None:
+    line = '{"url": "https://host/%07d", "size": 1, "version_id": "x"}'
+    text = "\n".join(line % number for number in range(16_000))
+    text += "\n# " + "x" * ((1 << 20) - len(text) - 3)
+    team.config_map("lists", epoch=text)
+    team.dataset(mounts=None, manifest=LISTED)
+    looker.until(lambda: team.status().get("phase") == "Bound", "the Dataset to be well")
+    looker.look()
+    looker.begin_again()
+    looker.look()
+    assert looker.api.writes == []
+
+
+ROLE = {"mountPoint": "s3://bucket", "options": {"role_arn": "arn:aws:iam::123456789012:role/reader"}}
+
+
+def _claims(token: str) -> dict:
+    payload = token.split(".")[1]
+    return json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+
+
+def test_a_web_identity_is_renewed_before_it_ends_and_no_earlier(team: Team, looker: Looker) -> None:
+    looker.release = replace(RELEASE, audiences=("sts.amazonaws.com",))
+    looker.begin_again()
+    obj = team.dataset(mounts=[ROLE], serviceAccountName="reader")
+    looker.look()
+    assert team.conditions()["Accepted"] == ("False", "NoIdentity")
+    assert f"expected a ServiceAccount that there is in namespace {team.namespace}" in _said(team)
+    account = {"namespace": team.namespace, "name": "reader"}
+    team.api.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": account})
+    looker.until(lambda: team.status().get("phase") == "Bound", "the Dataset to be well")
+    secret = Name("v1", "Secret", RELEASE.namespace, f"datacache-{obj['metadata']['uid']}-identity")
+
+    def token() -> str:
+        (value,) = team.api.get(secret)["data"].values()
+        return base64.b64decode(value).decode()
+
+    first = token()
+    said = _claims(first)
+    assert said["sub"] == f"system:serviceaccount:{team.namespace}:reader"
+    assert said["aud"] == ["sts.amazonaws.com"], "the API server itself does not believe it"
+    looker.look()
+    looker.begin_again()
+    looker.api.writes.clear()
+    looker.clock.advance(0.7 * 3600)
+    looker.look()
+    assert token() == first and looker.api.writes == [], "a restart asks for no other"
+    looker.clock.advance(0.11 * 3600)
+    template = _pod_template(team, obj)
+    looker.look()
+    assert token() != first
+    assert _pod_template(team, obj) == template, "no worker is exchanged for it"
+    shown = str(team.see()) + str(team.api.list("v1", "Event")) + str(team.api.list("apps/v1", "DaemonSet"))
+    assert token() not in shown
+    second = token()
+    levels = {"levels": [{"mediumtype": "SSD", "quota": "1Gi", "path": "/etc"}]}
+    team.api.merge(Name(OURS, "Dataset", team.namespace, "data"), {"spec": {"tieredstore": levels}})
+    looker.clock.advance(3600)
+    looker.look()
+    assert team.conditions()["Accepted"] == ("False", "Invalid")
+    assert token() != second, "workers that are at work go on, whatever is wrong with the spec by now"
+
+
+def test_an_identity_that_the_operator_does_not_allow_is_refused(team: Team, looker: Looker) -> None:
+    team.dataset(mounts=[ROLE], serviceAccountName="reader")
+    looker.look()
+    assert team.conditions()["Accepted"] == ("False", "Invalid")
+    assert "the operator has web identity turned off" in _said(team)
+
+
+def test_a_worker_that_ends_says_why_on_the_dataset(team: Team, looker: Looker) -> None:
+    obj = team.dataset()
+    looker.nodes = {team.node}
+    looker.look()
+    wait_until(lambda: any(w["spec"].get("nodeName") for w in team.workers(obj)), "a worker on a node")
+    (worker,) = team.workers(obj)
+    ended = {"exitCode": 2, "message": "{}\ndatacache: no such bucket\n"}
+    container = {"name": "worker", "ready": False, "restartCount": 3, "image": "x", "imageID": "x",
+                 "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+                 "lastState": {"terminated": ended}}  # fmt: skip
+    team.api.merge(
+        Name("v1", "Pod", RELEASE.namespace, worker["metadata"]["name"]),
+        {"status": {"containerStatuses": [container]}}, part="status",
+    )  # fmt: skip
+    looker.until(lambda: team.conditions().get("WorkersReady") == ("False", "WorkersEnd"), "the reason")
+    assert _said(team, "WorkersReady") == (
+        f"0 of 1 workers are ready; node {team.node}: datacache: no such bucket"
+    )
+
+
+def test_certificates_are_made_once_and_renewed_long_before_their_end(team: Team, looker: Looker) -> None:
+    obj = team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    ours = Name("v1", "Secret", RELEASE.namespace, f"datacache-{obj['metadata']['uid']}-tls")
+    release = Name("v1", "Secret", RELEASE.namespace, "datacache-ca")
+    first, authority = team.api.get(ours)["data"], team.api.get(release)["data"]
+    looker.look()
+    looker.begin_again()
+    looker.look()
+    assert looker.api.writes == []
+    looker.clock.advance(61 * 86400)
+    looker.look()
+    second = team.api.get(ours)["data"]
+    assert second != first and team.api.get(release)["data"] == authority
+    looker.clock.advance(190 * 86400)
+    looker.look()
+    after = team.api.get(release)["data"]
+    assert after["ca.crt"] != authority["ca.crt"] and after["before.crt"] == authority["ca.crt"]
+    assert team.api.get(ours)["data"] != second, "the new authority signs at once"
+    shown = str(team.see()) + str(team.api.list("apps/v1", "DaemonSet")) + str(team.api.list("v1", "Event"))
+    assert first["tls.key"] not in shown
+    team.api.delete(release, uid=team.api.get(release)["metadata"]["uid"])
+    looker.begin_again()
+    looker.look()
+    assert team.api.get(release)["data"]["ca.crt"] != after["ca.crt"], "the next test has a good one"
+
+
+# ---- where pods may be ---------------------------------------------------------------------------
+
+
+def _affinity(*nodes: str) -> dict:
+    expression = {"key": "metadata.name", "operator": "In", "values": list(nodes)}
+    return {"required": {"nodeSelectorTerms": [{"matchFields": [expression]}]}}
+
+
+def test_another_node_affinity_takes_no_worker_away_and_is_said(team: Team, looker: Looker) -> None:
+    obj = team.dataset(nodeAffinity=_affinity(team.node))
+    looker.nodes = {team.node}
+    looker.look()
+    team.ready(obj, worker_says())
+    looker.until(lambda: team.status().get("phase") == "Bound", "the Dataset to be well")
+    volume = Name("v1", "PersistentVolume", "", f"datacache-{obj['metadata']['uid']}")
+    assert team.api.get(volume)["spec"]["nodeAffinity"] == _affinity(team.node)
+
+    dataset = Name(OURS, "Dataset", team.namespace, "data")
+    team.api.merge(dataset, {"spec": {"nodeAffinity": _affinity("elsewhere")}})
+    looker.until(lambda: team.conditions()["VolumeBound"] == ("True", "PlacedAsBefore"), "somebody to say so")
+    assert team.api.get(volume)["spec"]["nodeAffinity"] == _affinity(team.node)
+    assert len(_running(team, obj)) == 1, "pods read through it"
+    looker.look()
+    looker.api.writes.clear()
+    looker.look()
+    assert looker.api.writes == []
+
+    claim = Name("v1", "PersistentVolumeClaim", team.namespace, "data")
+    team.api.delete(claim, uid=team.api.get(claim)["metadata"]["uid"])
+    wait_until(lambda: team.api.get(claim) is None, "the claim to go")
+    looker.until(lambda: team.conditions()["VolumeBound"] == ("True", "Bound"), "both to be made anew")
+    assert team.api.get(volume)["spec"]["nodeAffinity"] == _affinity("elsewhere")
+
+
+def test_a_pod_on_a_node_where_no_worker_may_be_is_told(team: Team, looker: Looker) -> None:
+    obj = team.dataset(nodeAffinity=_affinity("elsewhere"))
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    team.pod()
+    looker.nodes = {team.node}
+    looker.look()
+    assert team.workers(obj) == []
+    looker.clock.advance(LATE)
+    looker.look()
+    found = [each for each in team.api.list("v1", "Event", namespace=team.namespace)
+             if each["reason"] == "WorkerNotReady"]  # fmt: skip
+    assert [each["message"] for each in found] == [
+        f"the worker of Dataset data on node {team.node} is not there: the nodeAffinity of the Dataset keeps "
+        "workers from it"
+    ]
+
+
+def test_a_pod_that_cannot_write_is_told_once(team: Team, looker: Looker) -> None:
+    team.dataset(accessModes=["ReadWriteMany"], owner={"uid": 1000, "gid": 1000})
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    mounts = [{"name": "v", "mountPath": "/data"}]
+    for name, uid in (("right", 1000), ("wrong", 1234)):
+        own = {"runAsUser": uid, "runAsGroup": uid}
+        pod = team.pod(name, volumeMounts=mounts, securityContext=own)
+        looker.pods.add(team.api.get(pod)["metadata"]["uid"])
+    looker.look()
+    looker.look()
+    looker.begin_again()
+    looker.look()
+    found = [each for each in team.api.list("v1", "Event", namespace=team.namespace)
+             if each["reason"] == "CannotWrite"]  # fmt: skip
+    assert [each["involvedObject"]["name"] for each in found] == ["wrong"], "nor after a restart"
+    assert "runs as user 1234 (groups 1234) and cannot write to Dataset data" in found[0]["message"]
 
 
 # ---- deletion ------------------------------------------------------------------------------------
@@ -608,6 +932,46 @@ def test_a_load_that_cannot_be_says_why(team: Team, looker: Looker) -> None:
     _look_at_load(looker)
     assert _load_said(team) == ("Pending", "NoNodes")
     assert "spec.nodes[0]: 'nowhere'" in team.loading()["status"]["conditions"][0]["message"]
+
+
+def test_an_order_is_announced_to_the_nodes_of_a_load(team: Team, looker: Looker) -> None:
+    obj = team.dataset()
+    team.load(nodes=[team.node], order={"configMapKeyRef": {"name": "epochs", "key": "1"}})
+    _look_at_load(looker)
+    looker.look()
+    team.ready(obj, worker_says())
+    _look_at_load(looker)
+    assert _load_said(team) == ("Pending", "NoOrder") and team.asked == []
+    epochs = team.config_map("epochs", **{"1": "train/b.jpg\ntrain/a.jpg\n"})
+    _look_at_load(looker)
+    assert team.asked == [("/train/b.jpg", "/train/a.jpg")]
+    team.jobs["job0"] = job_says("done", done=2, of=2)
+    team.api.delete(epochs, uid=team.api.get(epochs)["metadata"]["uid"])
+    team.config_map("epochs", **{"1": "train/b.jpg"})
+    _look_at_load(looker)
+    assert _load_said(team) == ("Complete", "Announced") and len(team.asked) == 1
+
+
+def test_replicas_are_the_nodes_that_have_most_and_each_loads_all(team: Team, looker: Looker) -> None:
+    others = [f"{team.node}-{letter}" for letter in "bc"]
+    for name in others:
+        team.add_node(name, pool=team.namespace)
+    only = {"key": "kubernetes.io/hostname", "operator": "In", "values": [team.node, *others]}
+    obj = team.dataset(nodeAffinity={"required": {"nodeSelectorTerms": [{"matchExpressions": [only]}]}})
+    looker.nodes = {team.node}
+    looker.look()
+    team.ready(obj, worker_says(cached=GiB))
+    looker.until(lambda: team.status().get("cached") == GiB, "the figures of the worker")
+    team.load(replicas=2)
+    _look_at_load(looker)
+    chosen = [each["name"] for each in team.loading()["status"]["nodes"]]
+    assert len(chosen) == 2 and team.node in chosen, "who has most is one of them"
+    team.load("all", replicas=4)
+    looker.loader.look(Key(team.namespace, "all"))
+    (condition,) = team.loading("all")["status"]["conditions"]
+    assert (
+        condition["reason"] == "NoNodes" and "at most the nodes that can load it, 3" in condition["message"]
+    )
 
 
 def test_deleting_a_load_cancels_it(team: Team, looker: Looker) -> None:

@@ -18,7 +18,20 @@ from datacache.kube.phase import Figures, Observed, Workers, status
 from datacache.kube.release import GROUP, VERSION
 from datacache.kube.spec import read_dataset
 from tests.cluster.plane import ControlPlane, wait_until
-from tests.unit.test_kube_spec import FULL, REFUSED, RELEASE, S3, dataset, level, mount, over, secret
+from tests.unit.test_kube_spec import (
+    FULL,
+    MANIFEST,
+    PVC,
+    REFUSED,
+    RELEASE,
+    ROLE,
+    S3,
+    dataset,
+    level,
+    mount,
+    over,
+    secret,
+)
 
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT / "charts/datacache/files/crds"
@@ -87,7 +100,49 @@ CA = [secret("ca_bundle")]
 
 # What is refused, the field and the sentence of the refusal, and the same that is taken.
 RULES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
-    ("mounts", {}, "spec.mounts: Required value", over({})),
+    ("mounts", {}, "spec: Invalid value: a Dataset is either mounts or a manifest: give one", over({})),
+    (
+        "both",
+        over({"manifest": MANIFEST}),
+        "a Dataset is either mounts or a manifest: give",
+        {"manifest": MANIFEST},
+    ),
+    (
+        "list",
+        {"manifest": MANIFEST} | RWX,
+        "spec.manifest: Invalid value: what is a list cannot be written: accessModes: [ReadOnlyMany], or mo",
+        {"manifest": MANIFEST},
+    ),
+    (
+        "place",
+        {"manifest": MANIFEST | {"uri": "https://host/list"}},
+        "spec.manifest: Invalid value: the list lies in one place: configMapKeyRef or uri",
+        {"manifest": {"uri": "https://host/list"}},
+    ),
+    (
+        "object",
+        {"manifest": {"uri": "https://host/"}},
+        'spec.manifest.uri: Invalid value: "https://host/": this is the URI of an object: s3://',
+        {"manifest": {"uri": "https://host/x"}},
+    ),
+    (
+        "signature",
+        {"manifest": {"uri": "https://host/list?X-Amz-Signature=hunter2"}},
+        "spec.manifest: Invalid value: uri has a user, a password or a query in it",
+        {"manifest": {"uri": "https://host/list"}},
+    ),
+    (
+        "lists",
+        {"manifest": {"uri": "s3://bucket/list"}},
+        "spec.manifest: Invalid value: the bucket needs keys: name a Secret in encryptOptions",
+        {"manifest": {"uri": "s3://bucket/list", "encryptOptions": S3["encryptOptions"]}},
+    ),
+    (
+        "epoch",
+        {"manifest": {"configMapKeyRef": {"name": "lists", "key": "a/b"}}},
+        'configMapKeyRef.key: Invalid value: "a/b": a key of a ConfigMap has letters, digits',
+        {"manifest": MANIFEST},
+    ),
     (
         "some",
         {"mounts": []},
@@ -134,8 +189,20 @@ RULES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     (
         "account",
         over({"serviceAccountName": "me"}),
-        "spec.serviceAccountName: Invalid value: web identity is not built yet; name the keys of a Secret in",
-        over({}),
+        "spec: Invalid value: a web identity is an account and a role: serviceAccountName, and the option",
+        {"mounts": [ROLE], "serviceAccountName": "me"},
+    ),
+    (
+        "role",
+        {"mounts": [ROLE]},
+        "spec: Invalid value: a web identity is an account and a role: serviceAccountName, and the option",
+        {"mounts": [ROLE], "serviceAccountName": "me"},
+    ),
+    (
+        "whose",
+        {"mounts": [ROLE], "serviceAccountName": "Me"},
+        'spec.serviceAccountName: Invalid value: "Me": this is the name of a ServiceAccount of the Dataset',
+        {"mounts": [ROLE], "serviceAccountName": "me"},
     ),
     (
         "names",
@@ -191,12 +258,40 @@ RULES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         mount(mountPoint="s3://bucket"),
     ),
     (
+        "claim",
+        {"mounts": [PVC]} | RWX,
+        "spec.mounts: Invalid value: claims are read here, and not written: accessModes: [ReadOnlyMany]",
+        {"mounts": [PVC]},
+    ),
+    (
         "pvc",
-        mount(mountPoint="pvc://nas/x"),
-        'spec.mounts[0].mountPoint: Invalid value: "pvc://nas/x": pvc:// (a volume claim as a mount) is '
-        "not built yet: an "
-        "object store, such as s3://bucket/prefix",
-        mount(),
+        {"mounts": [PVC | {"encryptOptions": S3["encryptOptions"]}]},
+        "spec.mounts[0]: Invalid value: a claim has neither options nor keys: what is needed to mount it",
+        {"mounts": [PVC | {"mountPoint": "pvc://my.nas/a/..b/c"}]},
+    ),
+    (
+        "up",
+        {"mounts": [PVC | {"mountPoint": "pvc://nas/a/../../etc"}]},
+        'mountPoint: Invalid value: "pvc://nas/a/../../etc": this is pvc://CLAIM/PATH, with the name of a',
+        {"mounts": [PVC | {"mountPoint": "pvc://nas/a/etc/"}]},
+    ),
+    (
+        "steps",
+        {"mounts": [PVC | {"mountPoint": "pvc://nas//a"}]},
+        'mountPoint: Invalid value: "pvc://nas//a": this is pvc://CLAIM/PATH',
+        {"mounts": [PVC | {"mountPoint": "pvc://nas"}]},
+    ),
+    (
+        "end",
+        {"mounts": [PVC | {"mountPoint": "pvc://nas/a/.."}]},
+        'mountPoint: Invalid value: "pvc://nas/a/..": this is pvc://CLAIM/PATH',
+        {"mounts": [PVC | {"mountPoint": "pvc://nas/a/..."}]},
+    ),
+    (
+        "nobody",
+        {"mounts": [PVC | {"mountPoint": "pvc://Nas"}]},
+        'mountPoint: Invalid value: "pvc://Nas": this is pvc://CLAIM/PATH',
+        {"mounts": [PVC]},
     ),
     (
         "dataset",
@@ -215,7 +310,7 @@ RULES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         mount(mountPoint="hdfs://namenode/x"),
         'spec.mounts[0].mountPoint: Invalid value: "hdfs://namenode/x": a mount point is a URI: s3://, '
         "oss://, gs:// or "
-        "az://BUCKET/PREFIX, or https://HOST/PATH",
+        "az://BUCKET/PREFIX, https://HOST/PATH, or pvc://CLAIM/PATH",
         mount(),
     ),
     (
@@ -463,7 +558,8 @@ def test_the_controller_says_the_same(refused: Any, taken: Any) -> None:
 
 def test_what_has_defaults_is_read_as_it_was_meant(api: Api) -> None:
     """What the API fills in changes nothing of what the controller reads."""
-    for spec in (FULL, over({}), over(RWX), over(RWX | {"write": {"upload": {}}}), level()):
+    others = {"mounts": [PVC]}, {"manifest": MANIFEST}, {"mounts": [ROLE], "serviceAccountName": "me"}
+    for spec in (FULL, *others, over({}), over(RWX), over(RWX | {"write": {"upload": {}}}), level()):
         code, answer = api.create("Dataset", spec)
         assert code == 201, answer
         filled = read_dataset(dataset(answer["spec"]), RELEASE)
@@ -508,6 +604,7 @@ def _plain(spec: Any) -> Any:
 # ---- DataLoad ------------------------------------------------------------------------------------
 
 LOAD: dict[str, Any] = {"dataset": {"name": "imagenet"}}
+ORDER = {"configMapKeyRef": {"name": "epochs", "key": "1"}}
 LOADS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({}, "spec.dataset: Required value", LOAD),
     (
@@ -550,6 +647,13 @@ LOADS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "should be greater than or equal to 0",
         LOAD | {"ttlSecondsAfterFinished": 0},
     ),
+    (
+        LOAD | {"order": ORDER, "target": [{"path": "/x"}]},
+        "spec.order: Invalid value: an order is announced, and nothing is loaded by it: no target, bandwidth",
+        LOAD | {"order": ORDER},
+    ),
+    (LOAD | {"order": ORDER, "bandwidth": "1M"}, "no target, bandwidth or verify", LOAD | {"order": ORDER}),
+    (LOAD | {"order": {}}, "spec.order.configMapKeyRef: Required value", LOAD | {"order": ORDER}),
     (LOAD | {"targets": []}, 'unknown field "spec.targets"', LOAD),
 ]
 
@@ -568,7 +672,7 @@ def test_a_load_that_was_asked_for_stays_as_it_is(api: Api) -> None:
     for change in (
         {"dataset": {"name": "other"}}, {"target": [{"path": "/x"}]}, {"replicas": 3}, {"replicas": None},
         {"nodes": ["a"], "replicas": None}, {"nodeSelector": {"a": "b"}, "replicas": None},
-        {"bandwidth": "1M"}, {"verify": True},
+        {"bandwidth": "1M"}, {"verify": True}, {"order": ORDER},
     ):  # fmt: skip
         code, answer = api.change("DataLoad", "fixed", {"spec": change})
         assert (

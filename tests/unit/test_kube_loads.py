@@ -12,11 +12,13 @@ from datacache.kube.loads import (
     Loading,
     LoadSpec,
     Node,
+    Order,
     Target,
     choose,
     fits,
     jobs_of,
     read_load,
+    read_order,
     remembered,
     status,
 )
@@ -38,6 +40,35 @@ def test_all_of_it_is_read() -> None:
         "imagenet", (Target("/train", ("**/*.jpg",)), Target("/val")), nodes=("n2", "n1"),
         bandwidth=100_000_000, verify=True, ttl=60,
     )  # fmt: skip
+
+
+ORDER = {"configMapKeyRef": {"name": "epochs", "key": "1"}}
+
+
+def test_an_order_is_one_job_whatever_the_api_has_filled_in() -> None:
+    found = load(order=ORDER, target=[{"path": "/"}], verify=False, nodes=["a"])
+    assert found.order == Order("epochs", "1") and found.jobs == 1
+    assert load(target=[{"path": "/a"}, {"path": "/b"}]).jobs == 2
+
+
+def test_an_order_is_paths_one_a_line() -> None:
+    order = Order("epochs", "1")
+    assert read_order(b"train/a.jpg\n\n/train/b.jpg\r\n", order) == ("/train/a.jpg", "/train/b.jpg")
+    assert read_order(b"a\nb\0c\0", order) == ("/a\nb", "/c"), "any byte, where they end by NUL"
+    assert read_order(b"\xff", order) == ("/\udcff",)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\n", "spec.order.configMapKeyRef.key: '1' will not do; expected one with paths, one a line"),
+        (b"\xff" * 200_000, "expected at most 1000000 bytes of paths, of which it has 1200005"),
+    ],
+)
+def test_an_order_that_will_not_do_is_refused(data: bytes, said: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        read_order(data, Order("epochs", "1"))
+    assert said in str(refused.value)
 
 
 def test_the_least_is_all_of_a_dataset() -> None:
@@ -75,6 +106,14 @@ def test_the_least_is_all_of_a_dataset() -> None:
             {"nodes": ["a"], "replicas": 1},
             "spec.replicas: 1 will not do; expected nodes, nodeSelector or replicas",
         ),
+        (
+            {"order": ORDER, "target": [{"path": "/x"}]},
+            "spec.target: 'a list' will not do; expected none, with order, which loads nothing by itself",
+        ),
+        ({"order": ORDER, "bandwidth": "1M"}, "spec.bandwidth: '1M' will not do; expected none, with order"),
+        ({"order": ORDER, "verify": True}, "spec.verify: True will not do; expected none, with order"),
+        ({"order": {}}, "spec.order.configMapKeyRef.name: '' will not do; expected the name of a ConfigMap"),
+        ({"order": {"files": []}}, "spec.order: 'files' will not do; expected a field that there is"),
         ({"bandwidth": "fast"}, "spec.bandwidth: 'fast' will not do; expected a quantity"),
         ({"replicas": 0}, "spec.replicas: 0 will not do; expected a whole number, 1 to 1024"),
         ({"loadMetadata": True}, "spec: 'loadMetadata' will not do; expected a field that there is"),
@@ -97,7 +136,7 @@ _ANY = st.recursive(
     ),
     max_leaves=5,
 )
-_FIELDS = ["dataset", "target", "nodes", "nodeSelector", "replicas", "bandwidth", "verify", "policy",
+_FIELDS = ["dataset", "order", "target", "nodes", "nodeSelector", "replicas", "bandwidth", "verify", "policy",
            "ttlSecondsAfterFinished"]  # fmt: skip
 
 
@@ -251,6 +290,17 @@ def test_it_is_complete_when_every_node_has_done_every_target() -> None:
     assert (found["started"], found["finished"]) == (NOW, LATER)
     assert jobs_of(found) == {"a": ("j", "k")}
     assert of(done, before=found, now="2026-11-27T00:00:00Z") == found
+
+
+def test_an_order_that_is_announced_is_no_load() -> None:
+    done = Loading("a", (job(state="done", done=4),))
+    found = status({}, generation=1, loading=[done], reason="", message="", now=NOW, order=True)
+    assert (found["phase"], *complete(found)) == ("Complete", "True", "Announced")
+    assert found["conditions"][0]["message"] == "it is known on 1 node in which order 4 files will be read"
+    assert found["shown"]["loaded"] == "order only"
+    bad = Loading("a", (job(state="failed", done=3, files_failed=1),))
+    found = status({}, generation=1, loading=[bad], reason="", message="", now=NOW, order=True)
+    assert found["conditions"][0]["message"] == "1 file named in the order cannot be read"
 
 
 def test_files_that_failed_are_named_and_counted() -> None:

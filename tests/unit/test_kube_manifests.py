@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,26 @@ from datacache.cli.main import command_parser
 from datacache.config.parsing import read_settings
 from datacache.config.settings import Settings
 from datacache.errors import SettingError
+from datacache.kube.beside import Beside, Token, Twin, copied_keys
+from datacache.kube.certificates import Pair
 from datacache.kube.manifests import (
     CONFIG_ANNOTATION,
+    TLS_ANNOTATION,
     UID_LABEL,
-    copied_keys,
+    is_placed_otherwise,
+    known_pair,
+    known_tokens,
     name_of,
     names,
     node_label,
     objects,
     settings_text,
+    worker_name,
 )
-from datacache.kube.release import Release
+from datacache.kube.release import Name, Release
 from datacache.kube.spec import DatasetSpec, read_dataset
 from datacache.model import GiB, MiB, parse_duration
+from datacache.sources.opening import check_mount
 
 RELEASE = Release(namespace="datacache", image="local.test/datacache:1", priority_class="datacache-worker",
                   pull_secrets=("registry",))  # fmt: skip
@@ -34,6 +42,9 @@ SECRETS = {
            "unrelated": "eA=="},
     "tls": {"ca.crt": "Y2E="},
 }  # fmt: skip
+
+
+TOKEN = Token("sts.amazonaws.com", "a.b.c", renew="2026-11-26T21:48:00Z", of="reader")
 
 
 def keys(*names_and_keys: tuple[str, str, str]) -> list[dict[str, Any]]:
@@ -60,7 +71,7 @@ def spec(**fields: Any) -> DatasetSpec:
 
 def made(of: DatasetSpec | None = None, release: Release = RELEASE) -> dict[str, Any]:
     of = of or spec()
-    found = objects(of, release, keys=copied_keys(of, SECRETS), token="dG9rZW4=")
+    found = objects(of, release, beside=Beside(copied_keys(of, SECRETS)), token="dG9rZW4=")
     return {f"{obj['kind']} {obj['metadata']['name']}": obj for obj in found}
 
 
@@ -79,9 +90,10 @@ def read_as_a_worker_does(of: DatasetSpec, tmp_path: Path) -> Settings:
 
 
 def test_what_exists_is_all_that_is_taken_away() -> None:
-    found = made()
+    beside = Beside(copied_keys(spec(), SECRETS), manifest=b'"s3://b/k"', tokens=(TOKEN,))
+    found = objects(spec(), RELEASE, beside=beside, token="dG9rZW4=", tls=Pair("crt", "key"))
     gone = names(uid=UID, namespace="team-a", name="imagenet", release=RELEASE)
-    assert {name_of(obj) for obj in found.values()} == set(gone)
+    assert {name_of(obj) for obj in found} == set(gone)
     assert gone[0].kind == "PersistentVolumeClaim", "no new pod may begin to use what goes"
 
 
@@ -90,7 +102,7 @@ def test_the_same_dataset_is_the_same_bytes() -> None:
         key: {"s3": dict(reversed(SECRETS["s3"].items())), "tls": SECRETS["tls"]}[key]
         for key in ("tls", "s3")
     }
-    again = objects(spec(), RELEASE, keys=copied_keys(spec(), shuffled), token="dG9rZW4=")
+    again = objects(spec(), RELEASE, beside=Beside(copied_keys(spec(), shuffled)), token="dG9rZW4=")
     assert json.dumps(list(made().values())) == json.dumps(again)
 
 
@@ -210,7 +222,7 @@ def test_other_settings_roll_the_workers_and_other_keys_do_not() -> None:
         != after["metadata"]["annotations"][CONFIG_ANNOTATION]
     )
     rotated = {"s3": SECRETS["s3"] | {"secret": "b3RoZXI="}, "tls": SECRETS["tls"]}
-    found = objects(spec(), RELEASE, keys=copied_keys(spec(), rotated), token="b3RoZXI=")
+    found = objects(spec(), RELEASE, beside=Beside(copied_keys(spec(), rotated)), token="b3RoZXI=")
     assert template({obj["kind"]: obj for obj in found if obj["kind"] == "DaemonSet"}) == before
 
 
@@ -342,3 +354,174 @@ def test_the_volume_is_the_claims_and_no_others(modes: list[str], read_only: boo
         "driver": "csi.datacache.io", "volumeHandle": f"datacache-{UID}", "readOnly": read_only,
         "volumeAttributes": {"namespace": "team-a", "dataset": "imagenet", "uid": UID},
     }  # fmt: skip
+
+
+def test_pods_are_placed_where_a_worker_may_be_and_that_is_chosen_once() -> None:
+    terms = [{"matchExpressions": [{"key": "gpu", "operator": "Exists"}]}]
+    of = spec(nodeAffinity={"required": {"nodeSelectorTerms": terms}})
+    volume = only(made(of), "PersistentVolume")
+    assert volume["spec"]["nodeAffinity"] == {"required": {"nodeSelectorTerms": terms}}
+    assert "nodeAffinity" not in only(made(), "PersistentVolume")["spec"]
+    placed = volume["spec"]["nodeAffinity"]
+    assert not is_placed_otherwise(of, placed) and not is_placed_otherwise(of, None)
+    assert is_placed_otherwise(spec(), placed), "it was taken out of the spec"
+    kept = objects(spec(), RELEASE, token="x", placed=placed)
+    (volume,) = [each for each in kept if each["kind"] == "PersistentVolume"]
+    assert volume["spec"]["nodeAffinity"] == placed, "the API would refuse another"
+
+
+def test_a_change_of_node_affinity_takes_no_worker_away() -> None:
+    """The DaemonSet controller ends pods that affinity does not let stay, whoever reads through them."""
+    terms = [{"matchExpressions": [{"key": "gpu", "operator": "Exists"}]}]
+    assert "affinity" not in worker(made(spec(nodeAffinity={"required": {"nodeSelectorTerms": terms}})))
+
+
+# ---- what lies beside ----------------------------------------------------------------------------
+
+NAS = {"mountPoint": "pvc://nas/raw/2024", "name": "nas"}
+NFS = {"server": "10.0.0.1", "path": "/export", "readOnly": False}
+TWIN = Twin(
+    "nas", f"datacache-{UID}-0a1b2c3d", {"nfs": NFS}, ("ReadWriteMany",), mount_options=("nfsvers=4.1",),
+    node_affinity={"required": {"nodeSelectorTerms": []}},
+)  # fmt: skip
+
+
+def beside(of: DatasetSpec, of_it: Beside) -> dict[Name, Any]:
+    return {name_of(obj): obj for obj in objects(of, RELEASE, beside=of_it, token="dG9rZW4=")}
+
+
+def test_a_claim_is_mounted_by_its_twin_and_read_only(tmp_path: Path) -> None:
+    of, with_twin = spec(mounts=[NAS]), Beside(twins=(TWIN,))
+    found = beside(of, with_twin)
+    volume = found[Name("v1", "PersistentVolume", "", TWIN.name)]["spec"]
+    assert volume["nfs"] == NFS and volume["mountOptions"] == ["nfsvers=4.1"]
+    assert volume["nodeAffinity"] == TWIN.node_affinity
+    assert volume["persistentVolumeReclaimPolicy"] == "Retain", "what lies there is the user's"
+    assert volume["claimRef"]["name"] == TWIN.name and volume["claimRef"]["namespace"] == "datacache"
+    claim = found[Name("v1", "PersistentVolumeClaim", "datacache", TWIN.name)]["spec"]
+    assert claim["volumeName"] == TWIN.name and claim["accessModes"] == volume["accessModes"]
+    daemon_set = found[Name("apps/v1", "DaemonSet", "datacache", f"datacache-{UID}")]
+    pod = daemon_set["spec"]["template"]["spec"]
+    (mounted,) = [each for each in pod["volumes"] if "persistentVolumeClaim" in each]
+    assert mounted["persistentVolumeClaim"] == {"claimName": TWIN.name, "readOnly": True}
+    (at,) = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == mounted["name"]]
+    assert at["readOnly"] is True
+    (tmp_path / "datacache.yaml").write_text(settings_text(of, RELEASE, with_twin))
+    settings = read_settings({}, config_file=str(tmp_path / "datacache.yaml"), environment={"HOME": "/tmp"})
+    (point,) = settings.dataset.mounts
+    assert (point.uri, point.path) == (f"file://{at['mountPath']}/raw/2024", "/nas")
+    assert point.options == {"inside": at["mountPath"]}, "no link on the way leads out of the claim"
+    check_mount(point, {})
+
+
+def test_another_volume_behind_a_claim_rolls_the_workers() -> None:
+    def annotation(twin: Twin) -> str:
+        found = beside(spec(mounts=[NAS]), Beside(twins=(twin,)))
+        daemon_set = found[Name("apps/v1", "DaemonSet", "datacache", f"datacache-{UID}")]
+        return str(daemon_set["spec"]["template"]["metadata"]["annotations"][CONFIG_ANNOTATION])
+
+    assert annotation(TWIN) != annotation(replace(TWIN, name=f"datacache-{UID}-99999999"))
+
+
+MANIFEST = {"configMapKeyRef": {"name": "lists", "key": "epoch"}, "options": {"endpoint": "http://minio:9000"},
+            "encryptOptions": S3["encryptOptions"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [b'"s3://bucket/a"\n', b'{"url": "s3://bucket/\xff"}'])
+def test_a_list_is_a_file_of_the_worker(data: bytes, tmp_path: Path) -> None:
+    of = spec(mounts=None, manifest=MANIFEST)
+    listed = Beside(copied_keys(of, SECRETS), manifest=data)
+    found = beside(of, listed)
+    config_map = found[Name("v1", "ConfigMap", "datacache", f"datacache-{UID}-manifest")]
+    (name,) = [*config_map.get("data", {}), *config_map.get("binaryData", {})]
+    pod = found[Name("apps/v1", "DaemonSet", "datacache", f"datacache-{UID}")]["spec"]["template"]["spec"]
+    (at,) = [each for each in pod["containers"][0]["volumeMounts"] if each.get("subPath") == name]
+    (tmp_path / "datacache.yaml").write_text(settings_text(of, RELEASE, listed))
+    settings = read_settings({}, config_file=str(tmp_path / "datacache.yaml"), environment={"HOME": "/tmp"})
+    assert settings.dataset.manifest == f"file://{at['mountPath']}"
+    assert settings.index.manifest_schemes == ("s3", "oss", "gs", "az", "http", "https")
+    slug = of.stores[0].slug
+    assert settings.dataset.options["credentials"] == f"/etc/datacache/keys/{slug}"
+    assert not settings.dataset.mounts[0].options, "the file itself is opened without keys"
+
+
+def test_another_list_rolls_the_workers() -> None:
+    def annotation(data: bytes) -> str:
+        of = spec(mounts=None, manifest=MANIFEST)
+        found = beside(of, Beside(manifest=data))
+        daemon_set = found[Name("apps/v1", "DaemonSet", "datacache", f"datacache-{UID}")]
+        return str(daemon_set["spec"]["template"]["metadata"]["annotations"][CONFIG_ANNOTATION])
+
+    assert annotation(b'"s3://bucket/a"') != annotation(b'"s3://bucket/b"')
+
+
+IDENTITY = replace(RELEASE, audiences=("sts.amazonaws.com",))
+ROLE = "arn:aws:iam::123456789012:role/reader"
+
+
+def test_a_web_identity_is_a_file_of_the_worker_and_stands_nowhere_else(tmp_path: Path) -> None:
+    mounts = [{"mountPoint": "s3://bucket", "options": {"role_arn": ROLE}}]
+    metadata = {"name": "imagenet", "namespace": "team-a", "uid": UID, "generation": 1}
+    of = read_dataset(
+        {"metadata": metadata, "spec": {"mounts": mounts, "serviceAccountName": "reader"}}, IDENTITY
+    )
+    assert of.audiences == ["sts.amazonaws.com"]
+    found = beside(of, Beside(tokens=(TOKEN,)))
+    secret = found[Name("v1", "Secret", "datacache", f"datacache-{UID}-identity")]
+    assert known_tokens(secret) == (TOKEN,), "who goes on after a restart knows when to renew it"
+    others = [obj for obj in found.values() if obj["kind"] != "Secret"]
+    assert "a.b.c" not in json.dumps(others) and "a.b.c" not in repr(TOKEN)
+    pod = found[Name("apps/v1", "DaemonSet", "datacache", f"datacache-{UID}")]["spec"]["template"]["spec"]
+    (at,) = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "identity"]
+    (tmp_path / "datacache.yaml").write_text(settings_text(of, IDENTITY, Beside(tokens=(TOKEN,))))
+    settings = read_settings({}, config_file=str(tmp_path / "datacache.yaml"), environment={"HOME": "/tmp"})
+    (file,) = secret["data"]
+    assert settings.dataset.mounts[0].options == {
+        "role_arn": ROLE, "web_identity": f"{at['mountPath']}/{file}",
+    }  # fmt: skip
+
+
+def test_another_token_rolls_no_worker() -> None:
+    def template(token: Token) -> Any:
+        found = beside(spec(), Beside(tokens=(token,)))
+        return found[Name("apps/v1", "DaemonSet", "datacache", f"datacache-{UID}")]["spec"]["template"]
+
+    assert template(TOKEN) == template(replace(TOKEN, value="d.e.f", renew="2026-11-26T22:36:00Z"))
+
+
+@pytest.mark.parametrize("change", [{"metadata": {}}, {"data": {}}, {"data": {"x": "?"}}])
+def test_a_secret_of_tokens_that_somebody_changed_holds_none(change: Any) -> None:
+    found = beside(spec(), Beside(tokens=(TOKEN,)))
+    secret = found[Name("v1", "Secret", "datacache", f"datacache-{UID}-identity")]
+    assert known_tokens(secret | change) == () and known_tokens(None) == ()
+
+
+# ---- certificates --------------------------------------------------------------------------------
+
+
+def test_a_worker_with_a_certificate_is_asked_over_tls_and_says_so(tmp_path: Path) -> None:
+    found = {name_of(obj): obj for obj in objects(spec(), RELEASE, token="x", tls=Pair("crt", "key"))}
+    assert known_pair(found[Name("v1", "Secret", "datacache", f"datacache-{UID}-tls")]) == Pair("crt", "key")
+    template = found[Name("apps/v1", "DaemonSet", "datacache", f"datacache-{UID}")]["spec"]["template"]
+    assert template["metadata"]["annotations"][TLS_ANNOTATION] == "true"
+    (container,) = template["spec"]["containers"]
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["scheme"] == "HTTPS"
+    (config := tmp_path / "datacache.yaml").write_text(settings_text(spec(), RELEASE))
+    words = [str(config) if word.endswith("datacache.yaml") else word for word in container["command"][2:]]
+    args = command_parser("worker").parse(words)
+    settings = flags.read(args, args.uris)
+    (at,) = [each["mountPath"] for each in container["volumeMounts"] if each["name"] == "tls"]
+    assert (settings.api.tls_cert, settings.api.tls_key) == (f"{at}/tls.crt", f"{at}/tls.key")
+    assert worker_name(UID, RELEASE) == f"datacache-{UID}.datacache.svc", "as the Service is called"
+
+
+def test_another_certificate_rolls_no_worker_and_the_first_one_does() -> None:
+    """Before it they are asked without, and say so: each is asked in its own way while they are exchanged."""
+
+    def template(tls: Pair | None) -> Any:
+        found = {name_of(obj): obj for obj in objects(spec(), RELEASE, token="x", tls=tls)}
+        return found[Name("apps/v1", "DaemonSet", "datacache", f"datacache-{UID}")]["spec"]["template"]
+
+    assert template(Pair("a", "b")) == template(Pair("c", "d")) != template(None)
+    assert TLS_ANNOTATION not in template(None)["metadata"]["annotations"]

@@ -47,6 +47,13 @@ TABLE: list[tuple[Observed, str, dict[str, tuple[str, str]]]] = [
     # Fluid's defect 6: it stays Bound there with no ready worker.
     (replace(WELL, workers=replace(UP, ready=0)), "Degraded",
      {"WorkersReady": ("False", "Starting"), "Ready": ("False", "Starting")}),
+    (replace(WELL, workers=replace(UP, ready=1), ended=("node a: no such bucket",)), "Degraded",
+     {"WorkersReady": ("False", "WorkersEnd"), "Ready": ("False", "WorkersEnd")}),
+    # Pods go where they went before: it works, and somebody should know.
+    (replace(WELL, placed_otherwise=True), "Bound", {"VolumeBound": ("True", "PlacedAsBefore"),
+                                                     "Ready": ("True", "Ready")}),
+    (Observed(generation=1, missing="no claim", lacks="ClaimUnusable"), "Failed",
+     {"Accepted": ("False", "ClaimUnusable")}),
     (replace(WELL, workers=replace(UP, updated=1)), "Updating", {"WorkersReady": ("True", "Rolling")}),
     (replace(WELL, workers=replace(UP, updated=1, ready=1)), "Updating", {"Ready": ("False", "Starting")}),
     (replace(WELL, workers=replace(UP, current=False)), "Updating", {"Ready": ("Unknown", "Rolling")}),
@@ -199,6 +206,12 @@ def test_a_change_is_news_once_and_in_both_directions() -> None:
     assert ("Warning", "SecretMissing", "no Secret s3") in news(well, bad)
     assert news(bad, again) == []
     assert ("Normal", "Accepted", "the spec can be done") in news(again, status(WELL, again, now=LATER))
+
+
+def test_what_a_worker_said_when_it_ended_is_said_on_the_dataset() -> None:
+    found = status(replace(WELL, workers=replace(UP, ready=0), ended=("node a: x", "node b: x")), {}, now=NOW)
+    (ready,) = [each["message"] for each in found["conditions"] if each["type"] == "WorkersReady"]
+    assert ready == "0 of 2 workers are ready; node a: x; node b: x"
 
 
 def test_what_passes_by_itself_is_no_warning() -> None:

@@ -1,6 +1,7 @@
 """What a Dataset object may say, and the sentence for what it may not."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from datacache.kube.spec import DatasetSpec, read_dataset
 from datacache.model import GiB, Medium, MiB, TiB
 from datacache.sources.opening import check_mount
 
-RELEASE = Release(namespace="datacache", image="local.test/datacache:1")
+RELEASE = Release(namespace="datacache", image="local.test/datacache:1", audiences=("sts.amazonaws.com",))
 UID = "0b6e4c1a-3a57-4b8f-9f53-111111111111"
 METADATA = {"name": "imagenet", "namespace": "team-a", "uid": UID,
             "generation": 3}  # fmt: skip
@@ -152,6 +153,49 @@ def test_files_of_a_mount_lie_where_they_did_when_other_mounts_come() -> None:
     assert alone.mounts[0].slug == second.mounts[1].slug != second.mounts[0].slug
 
 
+PVC: dict[str, Any] = {"mountPoint": "pvc://nas/raw"}
+MANIFEST: dict[str, Any] = {"configMapKeyRef": {"name": "lists", "key": "epoch.jsonl"}}
+ROLE: dict[str, Any] = {
+    "mountPoint": "s3://bucket", "options": {"role_arn": "arn:aws:iam::123456789012:role/reader"},
+}  # fmt: skip
+OSS_ROLE = {"mountPoint": "oss://bucket", "encryptOptions": KEYS,
+            "options": {"role_arn": "arn:aws:iam::1:role/x"}}  # fmt: skip
+
+
+def test_a_claim_is_a_mount() -> None:
+    spec = read({"mounts": [PVC]})
+    (one,) = spec.mounts
+    assert (one.claim, one.point.uri, one.point.path) == ("nas", "pvc://nas/raw", "/")
+    assert (one.point.options, one.files, one.field) == ({}, (), "spec.mounts[0]")
+    whole = read({"mounts": [{"mountPoint": "pvc://nas/", "name": "all"}]}).mounts[0]
+    assert (whole.claim, whole.point.uri, whole.point.path) == ("nas", "pvc://nas", "/all")
+
+
+def test_a_list_is_a_dataset() -> None:
+    spec = read({"manifest": MANIFEST | {"options": {"region": "eu-west-1"}, "encryptOptions": KEYS}})
+    assert spec.mounts == () and spec.manifest is not None
+    assert (spec.manifest.config_map, spec.manifest.key) == ("lists", "epoch.jsonl")
+    assert spec.secrets == {"s3": {"id", "secret"}}, "its keys are copied as those of a mount"
+    assert spec.stores[0].point.options == {"region": "eu-west-1"}
+    spec = read({"manifest": {"uri": "S3://bucket/lists/a.jsonl", "encryptOptions": KEYS}})
+    assert spec.manifest is not None
+    assert spec.manifest.store.point.uri == "s3://bucket/lists/a.jsonl" and not spec.manifest.config_map
+
+
+def test_a_bucket_is_opened_by_the_identity_of_an_account() -> None:
+    own = ROLE | {"options": ROLE["options"] | {"sts_endpoint": "https://sts.example"}}
+    spec = read({"mounts": [own], "serviceAccountName": "reader"})
+    assert (spec.account, spec.audiences) == ("reader", ["sts.amazonaws.com"])
+    assert spec.mounts[0].point.options == own["options"], "the audience is nothing of the source"
+
+
+def test_an_identity_is_refused_where_the_operator_has_turned_it_off() -> None:
+    with pytest.raises(SettingError, match=r"the operator has web identity turned off \(the chart's webId"):
+        read_dataset(
+            dataset({"mounts": [ROLE], "serviceAccountName": "reader"}), replace(RELEASE, audiences=())
+        )
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {},
@@ -160,10 +204,87 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mounts": {}}, "spec.mounts: 'an object' will not do; expected a list"),
     ({"mount": [S3]}, "spec: 'mount' will not do; expected a field that there is (mounts, "),
     (
-        mount(mountPoint="pvc://nas/x"),
-        "spec.mounts[0].mountPoint: 'pvc://nas/x' will not do; expected an object "
-        "store: volume claims as mounts is not built yet",
+        {"mounts": [PVC], "accessModes": ["ReadWriteMany"]},
+        "mounts[0].mountPoint: 'pvc://nas/raw' will not do; expected a bucket, with ReadWriteMany: claims",
     ),
+    ({"mounts": [PVC | {"mountPoint": "pvc://Nas"}]}, "expected pvc://NAME/path, with the name of a Persist"),
+    ({"mounts": [PVC | {"mountPoint": "pvc:///x"}]}, "expected "),
+    ({"mounts": [PVC | {"mountPoint": "pvc://nas/a/../../b"}]}, "expected a path in the claim without empty"),
+    ({"mounts": [PVC | {"mountPoint": "pvc://nas//b"}]}, "expected a path in the claim without empty steps"),
+    (
+        {"mounts": [PVC | {"encryptOptions": KEYS}]},
+        "encryptOptions: 'a list' will not do; expected none: a cl",
+    ),
+    (
+        {"mounts": [PVC | {"options": {"inside": "/"}}]},
+        "options: 'an object' will not do; expected none: a cl",
+    ),
+    (
+        {"manifest": MANIFEST, "accessModes": ["ReadWriteMany"]},
+        "spec.manifest: 'an object' will not do; expected none, with ReadWriteMany: what is a list cannot be",
+    ),
+    (
+        {"mounts": [S3], "manifest": MANIFEST},
+        "spec.manifest: 'an object' will not do; expected either mounts or",
+    ),
+    ({"manifest": {}}, "spec.manifest: 'an object' will not do; expected either configMapKeyRef or uri"),
+    (
+        {"manifest": MANIFEST | {"uri": "s3://bucket/a"}},
+        "expected either configMapKeyRef or uri: where the list is",
+    ),
+    (
+        {"manifest": {"configMapKeyRef": {"name": "lists"}}},
+        "configMapKeyRef.key: '' will not do; expected a ke",
+    ),
+    (
+        {"manifest": {"uri": "s3://bucket"}},
+        "spec.manifest.uri: 's3://bucket' will not do; expected the URI of",
+    ),
+    (
+        {"manifest": {"uri": "s3://bucket/dir/"}},
+        "expected the URI of an object, such as s3://bucket/list.jsonl",
+    ),
+    (
+        {"manifest": {"uri": "pvc://nas/list"}},
+        "expected the URI of an object, such as s3://bucket/list.jsonl",
+    ),
+    ({"manifest": {"uri": "file:///etc/shadow"}}, "directories of a node are not for users to read"),
+    (
+        {"manifest": {"uri": "s3://bucket/list"}},
+        "spec.manifest.encryptOptions: '' will not do; expected aws_",
+    ),
+    (
+        {"manifest": MANIFEST | {"options": {"nonsense": "x"}}},
+        "expected no such option: there are endpoint, region",
+    ),
+    ({"manifest": MANIFEST | {"options": {"credentials": "/x"}}}, "expected it in encryptOptions"),
+    (
+        {"manifest": MANIFEST | {"encryptOptions": KEYS[:1]}},
+        "expected both aws_access_key_id and aws_secret_access",
+    ),
+    (
+        {"mounts": [ROLE | {"options": {"role_arn": "reader"}}]},
+        "a role such as arn:aws:iam::123456789012:role",
+    ),
+    (
+        {"mounts": [ROLE | {"encryptOptions": KEYS}], "serviceAccountName": "reader"},
+        "encryptOptions: 'a list' will not do; expected none, or options without role_arn",
+    ),
+    (
+        {"mounts": [ROLE | {"options": ROLE["options"] | {"anonymous": "true"}}]},
+        "expected either anonymous or role_arn in it, not both",
+    ),
+    (
+        {"mounts": [ROLE]},
+        "spec.mounts[0].options[role_arn]: 'arn:aws:iam::123456789012:role/reader' will not do",
+    ),
+    (mount(options={"audience": "sts"}), "options[audience]: 'sts' will not do; expected role_arn beside it"),
+    (
+        mount(options={"sts_endpoint": "https://sts"}),
+        "options[sts_endpoint]: 'https://sts' will not do; expect",
+    ),
+    (mount(options={"web_identity": "/etc/shadow"}), "expected role_arn, and whose identity it is as serv"),
+    ({"mounts": [OSS_ROLE]}, "no such option: oss:// has"),
     (mount(mountPoint="file:///etc"), "directories of a node are not for users to read"),
     (mount(mountPoint="local:///mnt"), "directories of a node are not for users to read"),
     (mount(mountPoint="simplecache::file:///etc"), "expected one of s3://"),
@@ -245,7 +366,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (over({"consistency": {"ttl": "soon"}}), "spec.consistency.ttl: 'soon' will not do; expected a durat"),
     (over({"shared": {"engine": "peers"}}), "spec.shared.engine: 'peers' will not do; expected none: shar"),
     (over({"placement": "shard"}), "spec.placement: 'shard' will not do; expected replicate: sharding is"),
-    (over({"serviceAccountName": "me"}), "web identity is not built yet"),
+    (
+        over({"serviceAccountName": "me"}),
+        "spec.serviceAccountName: 'me' will not do; expected none, or the option role_arn at a mount of s3://",
+    ),
+    (
+        {"mounts": [ROLE], "serviceAccountName": "Me"},
+        "expected the name of a ServiceAccount of its namespace",
+    ),
+    (
+        {
+            "mounts": [ROLE | {"options": ROLE["options"] | {"audience": "https://kubernetes.default.svc"}}],
+            "serviceAccountName": "me",
+        },
+        "spec.mounts[0].options[audience]: 'https://kubernetes.default.svc' will not do; expected "
+        "sts.amazonaws.com (the chart's webIdentity.audiences)",
+    ),
     (over({"write": {}}), "spec.write: 'an object' will not do; expected none, or accessModes: [ReadWri"),
     (
         over({"accessModes": ["ReadWriteMany"], "write": {"upload": {"mode": "async"}}}),
