@@ -118,6 +118,22 @@ def objects(
     return made
 
 
+IDENTITY, MANIFEST, CLAIM = "identity", "manifest", "claim"
+
+
+def rare_parts(spec: DatasetSpec | None, daemon_set: Mapping[str, Any] | None) -> set[str]:
+    """What there may be beyond what every Dataset has: what it asks for, and what its workers have of before.
+    What somebody was about to take away when he was killed is not among it."""
+    template = (((daemon_set or {}).get("spec") or {}).get("template") or {}).get("spec") or {}
+    volumes = [str(each["name"]).partition("-")[0] for each in template.get("volumes") or ()]
+    found = {part for part in (IDENTITY, MANIFEST, CLAIM) if part in volumes}
+    if spec is not None:
+        found |= {IDENTITY} if spec.account else set()
+        found |= {MANIFEST} if spec.manifest is not None and spec.manifest.config_map else set()
+        found |= {CLAIM} if any(mount.claim for mount in spec.mounts) else set()
+    return found
+
+
 def _metadata(spec: DatasetSpec, name: str, namespace: str = "") -> Object:
     return {
         "name": name,

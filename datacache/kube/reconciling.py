@@ -41,6 +41,9 @@ from datacache.kube.certificates import Pair, is_good_pair, issue
 from datacache.kube.figures import read_figures
 from datacache.kube.loads import ENDED, Node, fits, jobs_of
 from datacache.kube.manifests import (
+    CLAIM,
+    IDENTITY,
+    MANIFEST,
     UID_LABEL,
     affinity_of,
     is_placed_otherwise,
@@ -50,6 +53,7 @@ from datacache.kube.manifests import (
     names,
     node_label,
     objects,
+    rare_parts,
     told_pair,
     told_tokens,
     worker_name,
@@ -83,7 +87,7 @@ class Reconciler:
     State, of each Dataset by one thread at a time: `_applied` is what was applied last to which version of
     an object, `_idle` since when a node is not wanted, `_late` since when pods wait for a worker (None: they
     were told), `_marked` which nodes are marked for it, that are known of, `_judged` the pods of which it is
-    known whether they can write."""
+    known whether they can write, `_swept` whether what nobody would expect was looked for."""
 
     def __init__(
         self, api: Api, release: Release, asking: Asking, *, clock: Clock,
@@ -98,6 +102,7 @@ class Reconciler:
         self._late: dict[Key, dict[str, float | None]] = {}
         self._marked: dict[str, set[str]] = {}
         self._judged: dict[Key, frozenset[str]] = {}
+        self._swept: dict[str, bool] = {}
 
     def look(self, key: Key) -> float | None:
         """Look at the Dataset; seconds until the next look, None when there is none any more. Raises
@@ -116,12 +121,16 @@ class Reconciler:
     # ---- what should be ---------------------------------------------------------------------------
 
     def _provide(self, key: Key, obj: Object) -> float:
-        there = self._there(key, obj)
         spec, refused, lack, failed = None, "", _Lack("", ""), ""
         try:
             spec = read_dataset(obj, self._release)
         except SettingError as error:
             refused = str(error)
+        # The second look after a restart is for what one that was killed left; first ones are many at once.
+        uid = obj["metadata"]["uid"]
+        sweep = self._swept.get(uid) is False
+        self._swept[uid] = uid in self._swept
+        there = self._there(key, obj, spec, all=sweep)
         if spec is not None:
             try:
                 lack = self._make(spec, there)
@@ -411,10 +420,24 @@ class Reconciler:
     def _names(self, key: Key, uid: str) -> tuple[Name, ...]:
         return names(uid=uid, namespace=key.namespace, name=key.name, release=self._release)
 
-    def _there(self, key: Key, obj: Object) -> dict[Name, Object]:
+    def _there(
+        self, key: Key, obj: Object, spec: DatasetSpec | None, *, all: bool = False
+    ) -> dict[Name, Object]:
+        """What stands there of it. `all`: what nobody would expect, too."""
         uid = obj["metadata"]["uid"]
-        found = {name: self._api.get(name) for name in self._names(key, uid)}
+        rare = {f"{volume_name(uid)}-{part}" for part in (IDENTITY, MANIFEST)}
+        every = self._names(key, uid)
+        found = {name: self._api.get(name) for name in every if all or name.name not in rare}
+        daemon_set = next(each for name, each in found.items() if name.kind == "DaemonSet")
+        parts = {IDENTITY, MANIFEST, CLAIM} if all else rare_parts(spec, daemon_set)
+        found |= {
+            name: self._api.get(name)
+            for name in every
+            if name not in found and name.name.removeprefix(f"{volume_name(uid)}-") in parts
+        }
         there = {name: each for name, each in found.items() if each is not None}
+        if CLAIM not in parts:
+            return there
         # Twins have names that depend on what they are twins of.
         for kind, namespace in (("PersistentVolumeClaim", self._release.namespace), ("PersistentVolume", "")):
             for each in self._api.list("v1", kind, namespace=namespace, labels=f"{UID_LABEL}={uid}"):
@@ -509,7 +532,7 @@ class Reconciler:
         metadata = obj["metadata"]
         if FINALIZER not in (metadata.get("finalizers") or ()):
             return None  # ours is off; others hold it
-        there = self._there(key, obj)
+        there = self._there(key, obj, None, all=True)
         claim = Name("v1", "PersistentVolumeClaim", key.namespace, key.name)
         mine = claim in there and _ours(there[claim], metadata["uid"])
         if not mine:
@@ -544,6 +567,7 @@ class Reconciler:
         self._late.pop(key, None)
         self._marked.pop(metadata["uid"], None)
         self._judged.pop(key, None)
+        self._swept.pop(metadata["uid"], None)
         return None
 
     def _seen_going(self, key: Key, obj: Object, there: Mapping[Name, Object], *, claimed: bool) -> Observed:

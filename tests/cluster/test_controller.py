@@ -465,6 +465,24 @@ def test_a_twin_goes_with_its_mount_when_no_worker_has_it(team: Team, looker: Lo
     looker.until(gone, "the twin to go, after its worker")
 
 
+def test_what_was_to_be_taken_away_is_found_after_a_kill(team: Team, looker: Looker) -> None:
+    """Workers have no twin any more, and the spec asks for none: nothing tells of it but its label."""
+    team.claim()
+    mounts = [{"mountPoint": "pvc://nas", "name": "nas"}, {"mountPoint": "https://host/x", "name": "web"}]
+    obj = team.dataset(mounts=mounts)
+    looker.until(lambda: team.status().get("phase") == "Bound", "the Dataset to be well")
+    assert len(_twins(team, obj)) == 1
+    team.api.merge(Name(OURS, "Dataset", team.namespace, "data"), {"spec": {"mounts": mounts[1:]}})
+    looker.begin_again()
+    looker.api.dies_at = 2  # settings and DaemonSet are written, and nothing is deleted yet
+    with pytest.raises(Killed):
+        looker.look()
+    assert len(_twins(team, obj)) == 1
+    looker.begin_again()
+    looker.look()
+    looker.until(lambda: not _twins(team, obj), "the twin to go")
+
+
 def test_a_claim_of_one_node_only_is_refused(team: Team, looker: Looker) -> None:
     team.claim(modes="ReadWriteOnce")
     team.dataset(mounts=[{"mountPoint": "pvc://nas"}])

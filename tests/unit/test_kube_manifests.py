@@ -26,6 +26,7 @@ from datacache.kube.manifests import (
     names,
     node_label,
     objects,
+    rare_parts,
     settings_text,
     worker_name,
 )
@@ -525,3 +526,15 @@ def test_another_certificate_rolls_no_worker_and_the_first_one_does() -> None:
 
     assert template(Pair("a", "b")) == template(Pair("c", "d")) != template(None)
     assert TLS_ANNOTATION not in template(None)["metadata"]["annotations"]
+
+
+def test_what_few_datasets_have_is_looked_for_where_it_may_be() -> None:
+    """Where the spec asks for it, and where workers have it of before."""
+    plain = only(made(), "DaemonSet")
+    assert rare_parts(spec(), None) == rare_parts(spec(), plain) == rare_parts(None, None) == set()
+    assert rare_parts(spec(mounts=[NAS]), plain) == {"claim"}
+    assert rare_parts(spec(mounts=None, manifest=MANIFEST), plain) == {"manifest"}
+    assert rare_parts(spec(mounts=None, manifest={"uri": "https://host/list"}), plain) == set()
+    full = Beside(twins=(TWIN,), manifest=b"x", tokens=(TOKEN,))
+    before = beside(spec(), full)[Name("apps/v1", "DaemonSet", "datacache", f"datacache-{UID}")]
+    assert rare_parts(None, before) == {"claim", "manifest", "identity"}
