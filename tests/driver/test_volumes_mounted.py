@@ -208,7 +208,7 @@ def test_the_driver_is_killed_under_a_reader(site: Site) -> None:
         program.end(signal.SIGKILL)
         load.go_on(20)
         program.start()
-        client.call(site.stage())  # when the worker has told it
+        insist(client, site.stage())  # when the worker has told it
         site.kill_worker()
         site.worker()
         load.go_on(20)
@@ -216,7 +216,7 @@ def test_the_driver_is_killed_under_a_reader(site: Site) -> None:
         assert program.end(signal.SIGTERM) == 0
         load.go_on(20)
         program.start()
-        client.call(site.stage())
+        insist(client, site.stage())
 
 
 def alternate(site: Site, kills: int) -> list[float]:
@@ -238,8 +238,9 @@ def alternate(site: Site, kills: int) -> list[float]:
             load.go_on(3)
             stalls.append(load.worst())
             load.tell("hold", (number % 2,))
-            # Both dead at once is the documented limit: the other is told first.
-            client.call(site.stage())
+            # Both dead at once is the documented limit: the other is told first. Asked as a kubelet does, which
+            # comes again when its connection was to the driver before.
+            insist(client, site.stage())
         load.go_on(20)
         load.worst()
     return sorted(stalls)
@@ -377,7 +378,7 @@ def test_a_checkpoint_that_is_written_while_the_worker_is_killed_arrives(site: S
                 assert writer.stdout.readline() == "written\n"
         assert writer.wait(PATIENCE) == 0
         assert (site.directory / "checkpoint").read_bytes() == content
-        client.call(site.stage())
+        insist(client, site.stage())
     until(lambda: (site.bucket / "checkpoint").exists())
     assert (site.bucket / "checkpoint").read_bytes() == content
     assert site.workers[-1].poll() is None
