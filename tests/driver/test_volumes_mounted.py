@@ -238,8 +238,8 @@ def alternate(site: Site, kills: int) -> list[float]:
             load.go_on(3)
             stalls.append(load.worst())
             load.tell("hold", (number % 2,))
-            # Both dead at once is the documented limit: the other is told first. Asked as a kubelet does, which
-            # comes again when its connection was to the driver before.
+            # Both dead at once is the documented limit: the other is told first. Asked as a kubelet does,
+            # which comes again when its connection was to the driver before.
             insist(client, site.stage())
         load.go_on(20)
         load.worst()
