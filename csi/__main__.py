@@ -11,8 +11,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -136,13 +136,14 @@ def serve(
     announced = Server(
         os.path.join(registry, f"{DRIVER}-reg.sock"), [(registering, Registration(path))]
     )  # fmt: skip
-    with ExitStack() as running, _Told() as told:
+    with ExitStack() as late, ExitStack() as running, _Told() as told:
         running.enter_context(holders)
         running.callback(holders.linger, LINGER)  # what only we hold ends with us
         node.go_on()
         calls.start()
         running.callback(calls.stop, GRACE)
-        running.enter_context(_accounts(node_id, roots, records, kubeconfig))
+        stop = _accounts(late, node_id, roots, records, kubeconfig)
+        running.callback(stop.set)
         announced.start()  # last, since the kubelet calls at once; and it goes first
         running.callback(announced.stop, 1.0)
         log.info("%s answers at %s for node %s", DRIVER, path, node_id)
@@ -150,9 +151,11 @@ def serve(
         log.info("told to end; the mounts stay")
 
 
-@contextmanager
-def _accounts(node: str, roots: "Roots", records: "Records", kubeconfig: str) -> Iterator[None]:
-    """Keep the node's accounts until the block is left; with a cluster tell it of them, too."""
+def _accounts(
+    late: ExitStack, node: str, roots: "Roots", records: "Records", kubeconfig: str
+) -> threading.Event:
+    """Keep the node's accounts until the event is set; with a cluster, tell it of them, too. What is then to
+    be waited for, some seconds, is in `late`."""
     from csi.accountant import Accountant
     from csi.housekeeping import Housekeeping
     from csi.residents import Register
@@ -161,28 +164,26 @@ def _accounts(node: str, roots: "Roots", records: "Records", kubeconfig: str) ->
     from datacache.kube.release import volume_name
 
     clock, memory, stop = SystemClock(), LinuxMemory(), threading.Event()
-    with ExitStack() as running:
-        accountant = Accountant(
-            Register(roots), memory, clock=clock,
-            staged=lambda uid: records.get(volume_name(uid)) is not None,
-        )  # fmt: skip
-        parts = [("accountant", accountant.run)]
-        if kubeconfig or ("KUBERNETES_SERVICE_HOST" in os.environ and os.path.exists(_POD)):
-            from datacache.kube.api import Api, configuration
+    accountant = Accountant(
+        Register(roots), memory, clock=clock, staged=lambda uid: records.get(volume_name(uid)) is not None
+    )  # fmt: skip
+    parts = [("accountant", accountant.run)]
+    if kubeconfig or ("KUBERNETES_SERVICE_HOST" in os.environ and os.path.exists(_POD)):
+        from datacache.kube.api import Api, configuration
 
-            api = running.enter_context(
-                closing(Api(configuration(kubeconfig), timeout=(2.0, 8.0), manager=PROGRAM))
-            )
-            housekeeping = Housekeeping(api, node, Register(roots), accountant, memory, clock=clock)
-            parts.append(("housekeeping", housekeeping.run))
-        else:
-            log.info("there is no API of a cluster to ask: no CacheNode is written, and no directory removed")
-        for name, act in parts:
-            thread = threading.Thread(target=act, args=(stop,), name=name)
-            thread.start()
-            running.callback(thread.join)
-            running.callback(stop.set)
-        yield
+        api = late.enter_context(
+            closing(Api(configuration(kubeconfig), timeout=(2.0, 8.0), manager=PROGRAM))
+        )  # fmt: skip
+        housekeeping = Housekeeping(api, node, Register(roots), accountant, memory, clock=clock)
+        parts.append(("housekeeping", housekeeping.run))
+    else:
+        log.info("there is no API of a cluster to ask: no CacheNode is written, and no directory removed")
+    for name, act in parts:
+        thread = threading.Thread(target=act, args=(stop,), name=name)
+        thread.start()
+        late.callback(thread.join)
+        late.callback(stop.set)  # before it is waited for, whatever else goes wrong
+    return stop
 
 
 class _Told:
