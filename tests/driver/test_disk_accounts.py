@@ -204,22 +204,28 @@ def test_three_datasets_of_half_the_disk_each(start: Start, plugin: Plugin) -> N
     capacity = plugin.capacity(sum(used.values()))
     assert all(0.25 * capacity <= share <= 0.4 * capacity for share in used.values()), (used, capacity)
     assert all(worker.tier()["lease"] <= HALF for worker in (a, b, c))
-    evicted = [worker.tier()["evicted"] for worker in (a, b, c)]
-    used = settle(plugin, [a, b, c], [a, b, c], 3)
-    assert [worker.tier()["evicted"] for worker in (a, b, c)] == evicted, "leases do not flap"
+    # Catalogues take room, too, and give some of it back now and then; but that comes to an end.
+    evicted, quiet = [], 0
+    for _ in range(20):
+        used = settle(plugin, [a, b, c], [a, b, c], 1)
+        before, evicted = evicted, [worker.tier()["evicted"] for worker in (a, b, c)]
+        quiet = quiet + 1 if before == evicted else 0
+        if quiet == 3:
+            break
+    assert quiet == 3, "leases flap"
 
     plugin.staged -= {B, C}
     plugin.clock.advance(IDLE)
-    before, used = used, settle(plugin, [a, b, c], [a], 6)
-    assert used[A] >= 0.9 * min(HALF, before[A] + before[B] + before[C])
-    assert used[B] + used[C] < before[B] + before[C]
+    shares, used = used, settle(plugin, [a, b, c], [a], 6)
+    assert used[A] >= 0.9 * min(HALF, shares[A] + shares[B] + shares[C])
+    assert used[B] + used[C] < shares[B] + shares[C]
 
     b.kill()
     plugin.staged.add(C)
-    before, used = used, settle(plugin, [a, c], [a, c], 6)
+    shares, used = used, settle(plugin, [a, c], [a, c], 6)
     held = {each.uid: each for each in plugin.accountant.holdings() or ()}
-    assert not held[B].alive and held[B].cached < before[B]
-    assert used[C] > before[C]
+    assert not held[B].alive and held[B].cached < shares[B]
+    assert used[C] > shares[C]
     for worker in (a, c):
         found = worker.client().verify()
         assert found["blocks"] and not found["damaged"] and not found["problems"]
