@@ -57,6 +57,26 @@ s3-server: $(DATACACHE_TOOLS)/versitygw-$(VERSITYGW_VERSION) ## a real S3 server
 cluster-tools: setup ## etcd, Kubernetes, helm, kwok and csi-sanity from Go modules, once (10 CPU minutes)
 	@$(BIN)/python tests/cluster/binaries.py
 
+.PHONY: cluster-image
+cluster-image: setup ## our image on a base by debootstrap, with a buildah of its own, once for the same content (3 minutes)
+	@$(BIN)/python -m tests.cluster.image
+
+# The image for people: on a public base, or on one of yours.
+IMAGE ?= datacache:dev
+.PHONY: image
+image: ## the image, by buildah or docker (IMAGE=registry.example/datacache:1.0, BASE=a Debian 12 with Python)
+	@if command -v buildah >/dev/null; then build="buildah build"; else build="docker build"; fi; \
+	  $$build $(if $(BASE),--build-arg BASE=$(BASE)) -t $(IMAGE) .
+
+.PHONY: lock
+lock: setup ## pin the image's Python packages anew, with their hashes
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv
+	@for each in build run; do \
+	  $(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-header --no-annotate $$([ $$each = run ] && echo --extra kubernetes pyproject.toml || echo requirements/build.in) \
+	    -o requirements/$$each.lock; \
+	done
+
 # Real files for the demo: an icon theme for the small ones, two archives for the large ones. Where
 # Debian's packages cannot be had, the demo takes the files of the Python installation instead.
 DEMO_THEME := adwaita-icon-theme
@@ -86,7 +106,7 @@ test: setup s3-server lint ## every level of tests that this machine can run, at
 	@echo "left out: a real Kubernetes (make test-cluster), tests that take minutes each (make test-long)"
 
 .PHONY: test-cluster
-test-cluster: setup s3-server cluster-tools ## the tests on a real Kubernetes, at most 35 minutes from nothing
+test-cluster: setup s3-server cluster-tools cluster-image ## the tests on a real Kubernetes, at most 35 minutes from nothing
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m cluster $(ARGS) tests/cluster
 
 .PHONY: test-long

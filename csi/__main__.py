@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROGRAM = "datacache-csi"
+PATIENCE = 10.0
+"""Seconds that a driver may take to say that it answers."""
 GRACE = 15.0
 """Seconds that calls under way are given at the end."""
 LINGER = 10.0
@@ -43,6 +45,7 @@ EXAMPLES = """\
 examples:
   datacache-csi --node-id "$NODE_NAME"
   datacache-csi --node-id node1 --kubelet-dir /data/kubelet
+  datacache-csi --probe
 
 It mounts, so it needs root, and the kubelet's directory with mount propagation both ways (docs/csi.md).
 """
@@ -84,6 +87,10 @@ def parser() -> Parser:
         "--takeover-timeout", metavar="DURATION", default="2m",
         help="how long a volume waits for a worker before what is asked of it fails (default: %(default)s)",
     )  # fmt: skip
+    made.add_argument(
+        "--probe", action="store_true",
+        help="ask the driver that runs whether it answers, and end: exit code 0 when it does",
+    )  # fmt: skip
     made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     made.add_argument("--log-format", default="text", choices=("text", "json"))
     return made
@@ -110,7 +117,7 @@ def serve(
     registry = os.path.join(kubelet, "plugins_registry")
     if not os.path.isdir(registry):
         raise SettingError("--kubelet-dir", kubelet, "the kubelet's directory, with plugins_registry in it")
-    path = _socket(endpoint, os.path.join(home, "csi.sock"))
+    path = _socket(endpoint, kubelet)
     records = Records(os.path.join(home, "volumes"))
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -207,9 +214,18 @@ class _Told:
         self._event.set()
 
 
-def _socket(endpoint: str, default: str) -> str:
+def probe(*, kubelet: str, endpoint: str) -> None:
+    """Ask the driver that runs whether it answers. Raises ControlError when it does not."""
+    from csi import server
+    from csi.v1 import csi_pb2
+
+    identity = csi_pb2.DESCRIPTOR.services_by_name["Identity"]
+    server.probe(_socket(endpoint, kubelet), identity, within=PATIENCE)
+
+
+def _socket(endpoint: str, kubelet: str) -> str:
     if not endpoint:
-        return default
+        return os.path.join(kubelet, "plugins", DRIVER, "csi.sock")
     path = re.fullmatch(r"unix:(?://)?(/[^\0]+)", endpoint)
     if path is None:
         raise SettingError("--endpoint", endpoint, "unix:// and an absolute path")
@@ -255,7 +271,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parser().parse(sys.argv[1:] if argv is None else argv)
         except SystemExit as done:  # argparse has printed the help
             return int(done.code or 0)
-        node_id, kubelet = _node(args.node_id), _kubelet(args.kubelet_dir)
+        kubelet = _kubelet(args.kubelet_dir)
+        if args.probe:
+            probe(kubelet=kubelet, endpoint=args.endpoint)
+            return 0
+        node_id = _node(args.node_id)
         roots = _roots(args.state_dir, args.run_dir, args.tier_root)
         takeover = parse_duration(args.takeover_timeout, name="--takeover-timeout")
         if not 1 <= takeover < float("inf"):

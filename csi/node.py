@@ -56,14 +56,10 @@ class Node:
         return f"<Node {self._node_id}>"
 
     def go_on(self) -> None:
-        """Take up what a process before us has staged. What cannot be holds up nothing else: each call for
-        that volume says why."""
+        """Take up what a process before us has staged. Raises MountError."""
         for record in self._records.all():
             if record.dataset:
-                try:
-                    self._datasets.expect(record.dataset)
-                except MountError as error:
-                    log.error("%s: %s", record.volume, error)
+                self._datasets.expect(record.dataset)
 
     # ---- once a node -----------------------------------------------------------------------------
 

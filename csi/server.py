@@ -110,6 +110,22 @@ class Server:
             os.unlink(self._path)
 
 
+def probe(path: str, service: ServiceDescriptor, *, within: float) -> None:
+    """Ask whoever listens at `path` whether it answers, by the method `Probe` of `service`. Raises
+    ControlError when it has not after `within` seconds."""
+    method = service.methods_by_name["Probe"]
+    with grpc.insecure_channel(f"unix:{path}") as channel:
+        ask = channel.unary_unary(
+            f"/{service.full_name}/{method.name}",
+            request_serializer=GetMessageClass(method.input_type).SerializeToString,
+            response_deserializer=GetMessageClass(method.output_type).FromString,
+        )
+        try:
+            ask(GetMessageClass(method.input_type)(), timeout=within)
+        except grpc.RpcError as error:
+            raise ControlError(f"no driver answers at {path} ({error.code().name})") from error
+
+
 def _make_way(path: str) -> None:
     """Remove the socket of a process that is no more. Raises SettingError where one listens, and where it is
     no socket."""

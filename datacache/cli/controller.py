@@ -12,7 +12,7 @@ from typing import Any
 from datacache.config.keys import AUDIENCE, PATH, QUOTA, Kind, spell_size
 from datacache.config.parsing import read_one
 from datacache.errors import DatacacheError
-from datacache.kube.release import TIER_ROOTS, Release
+from datacache.kube.release import API_PORT, TIER_ROOTS, Release
 
 EXAMPLES = """\
 examples:
@@ -48,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of workers whose Dataset names none; default: none",
     )
+    add("--plugin", default="", metavar="NAME",
+        help="the DaemonSet of the CSI driver, whose pods are exchanged; default: none")  # fmt: skip
+    add("--metrics-port", default="0", metavar="PORT",
+        help="on which workers serve metrics to anybody; default: none does")  # fmt: skip
     for name, what in _DIRECTORIES.items():
         default = getattr(plain, name)
         add(f"--{name.replace('_', '-')}", default=default, metavar="DIR", help=f"{what}; default {default}")
@@ -96,15 +100,17 @@ def run(args: argparse.Namespace) -> int:
 
 def read_release(args: argparse.Namespace) -> Release:
     """What the flags say. Raises SettingError."""
-    names = Kind("a name of Kubernetes: small letters, digits and dashes", _name)
     image = Kind("the name of an image", _image)
+    port = Kind(f"0, or a port from 1024 on that is not {API_PORT}", _port)
     return Release(
-        namespace=_one("namespace", args.namespace, names),
+        namespace=read_namespace(args.namespace),
         image=_one("image", args.image, image),
         pull_policy=args.pull_policy,
-        pull_secrets=tuple(_one("pull-secret", name, names) for name in args.pull_secret),
-        service_account=_one("service-account", args.service_account, names),
-        priority_class=_one("priority-class", args.priority_class, names) if args.priority_class else "",
+        pull_secrets=tuple(_one("pull-secret", name, _NAMES) for name in args.pull_secret),
+        plugin=_one("plugin", args.plugin, _NAMES) if args.plugin else "",
+        metrics_port=_one("metrics-port", args.metrics_port, port),
+        service_account=_one("service-account", args.service_account, _NAMES),
+        priority_class=_one("priority-class", args.priority_class, _NAMES) if args.priority_class else "",
         **{name: _one(name.replace("_", "-"), getattr(args, name), PATH) for name in _DIRECTORIES},
         tier_roots=tuple(_one("tier-root", each, PATH) for each in args.tier_root or TIER_ROOTS),
         tier_quota=_one("tier-quota", args.tier_quota, QUOTA),
@@ -112,6 +118,11 @@ def read_release(args: argparse.Namespace) -> Release:
             _one("web-identity-audience", each, AUDIENCE) for each in args.web_identity_audience
         ),
     )  # fmt: skip
+
+
+def read_namespace(text: str) -> str:
+    """What --namespace says. Raises SettingError."""
+    return str(_one("namespace", text, _NAMES))
 
 
 def _one(flag: str, text: str, kind: Kind) -> Any:
@@ -122,6 +133,16 @@ def _name(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", text, re.ASCII):
         raise ValueError
     return text
+
+
+_NAMES = Kind("a name of Kubernetes: small letters, digits and dashes", _name)
+
+
+def _port(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if number != 0 and (not 1024 <= number <= 65535 or number == API_PORT):
+        raise ValueError
+    return number
 
 
 def _image(text: str) -> str:

@@ -52,6 +52,7 @@ COMMANDS = {
     "verify": Command("verify", "hold every cached block against its checksum"),
     "snapshot": Command("snapshot", "pin the names and versions of a data set, to mount them later"),
     "controller": Command("controller", "have the Datasets of a Kubernetes cluster be what they should be"),
+    "uninstall-check": Command("uninstall_check", "say what keeps the chart from being uninstalled"),
     "demo": Command("demo", "see all of it at work, on a bucket of its own, in three minutes"),
     "doctor": Command("doctor", "check this machine, the cache and the store, and say what to do"),
 }

@@ -43,6 +43,7 @@ _RESOURCES = {
     ("v1", "Namespace"): "namespaces",
     ("v1", "ServiceAccount"): "serviceaccounts",
     ("apps/v1", "DaemonSet"): "daemonsets",
+    ("apps/v1", "ControllerRevision"): "controllerrevisions",
     ("coordination.k8s.io/v1", "Lease"): "leases",
     (OURS, "Dataset"): "datasets",
     (OURS, "DataLoad"): "dataloads",

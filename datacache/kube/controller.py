@@ -25,6 +25,7 @@ from datacache.errors import ClusterError, Conflicting
 from datacache.kube.api import Api
 from datacache.kube.asking import Asking, Connect, Trust
 from datacache.kube.authority import Authorities
+from datacache.kube.exchanging import Exchanger
 from datacache.kube.lease import DEADLINE, EVERY, Lease
 from datacache.kube.loading import Loader
 from datacache.kube.manifests import DATASET_ANNOTATION, UID_LABEL
@@ -43,7 +44,7 @@ SLOWEST = 60.0
 """Seconds between two tries of what fails, at most; the first comes after one."""
 LEASE_TIMEOUT = (2.0, 3.0)
 """Seconds to connect, and for the answer, of calls about the Lease: two of them fit before `DEADLINE`."""
-DATASET, LOAD = "Dataset", "DataLoad"
+DATASET, LOAD, PLUGIN = "Dataset", "DataLoad", "DaemonSet"
 PATIENCE = 5.0
 """Seconds that a worker may take to say how it is."""
 
@@ -111,7 +112,9 @@ class Controller:
             _log.info("%s acts", self._me)
             authorities = Authorities(api, self._release, clock=self._clock)
             asking = Asking(api, self._release, connect=self._connect, pool=pool, authorities=authorities)
+            exchanger = Exchanger(api, self._release, clock=self._clock)
             look = {
+                PLUGIN: exchanger.look,
                 DATASET: Reconciler(
                     api,
                     self._release,
@@ -120,11 +123,14 @@ class Controller:
                     nodes_of=self._uses.nodes_of,
                     pods_of=self._uses.pods_of,
                     authorities=authorities,
+                    workers=exchanger.workers,
                 ).look,
                 LOAD: Loader(
                     api, self._release, asking, clock=self._clock, dataset_changed=self._dataset_changed
                 ).look,
-            }
+            }  # fmt: skip
+            if self._release.plugin:
+                self._waiting.add((PLUGIN, Key(self._release.namespace, self._release.plugin)))
             threads = [threading.Thread(target=self._renew, args=(lease, stop), name="lease")]
             threads += [
                 threading.Thread(target=self._look, args=(look,), name=f"look-{i}") for i in range(LOOKERS)
@@ -239,6 +245,11 @@ class Controller:
         @kopf.on.event("apps", "v1", "daemonsets", registry=registry, labels=marked)
         async def made(annotations: Mapping[str, str], **_: Any) -> None:
             self._look_at_owner(annotations)
+
+        @kopf.on.event("apps", "v1", "daemonsets", registry=registry)
+        async def plugin(namespace: str | None, name: str | None, **_: Any) -> None:
+            if (namespace, name) == (self._release.namespace, self._release.plugin):
+                self._waiting.add((PLUGIN, Key(namespace or "", name or "")))
 
         @kopf.on.event("v1", "pods", registry=registry)
         async def pod(event: Mapping[str, Any], annotations: Mapping[str, str], **_: Any) -> None:

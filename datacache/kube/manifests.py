@@ -42,6 +42,8 @@ TLS_ANNOTATION = f"{GROUP}/tls"
 """On worker pods: `true` for those that are asked over TLS."""
 RENEW_ANNOTATION = f"{GROUP}/renew"
 """On the Secret of web identities: for each token when it is renewed, and whose it is."""
+WORKER_LABELS = {"app.kubernetes.io/name": "datacache-worker"}
+"""On the pods of all workers, whatever their Dataset."""
 
 ETC = "/etc/datacache"
 _CONFIG, _TOKEN, _KEYS, _MANIFEST = f"{ETC}/config", f"{ETC}/token", f"{ETC}/keys", f"{ETC}/manifest"
@@ -179,6 +181,8 @@ def settings_text(spec: DatasetSpec, release: Release, beside: Beside = NOTHING)
     }  # fmt: skip
     if spec.cache.priority:
         found["priority"] = str(spec.cache.priority)
+    if release.metrics_port:
+        found["metrics"] = f"0.0.0.0:{release.metrics_port}"
     if spec.writable:
         found |= {
             "rw": "true",
@@ -403,7 +407,7 @@ def _daemon_set(spec: DatasetSpec, release: Release, beside: Beside, *, tls: boo
                 "metadata": {
                     "labels": {
                         **pod.labels,
-                        "app.kubernetes.io/name": "datacache-worker",
+                        **WORKER_LABELS,
                         "app.kubernetes.io/managed-by": "datacache",
                         UID_LABEL: spec.uid,
                     },
@@ -469,7 +473,14 @@ def _container(spec: DatasetSpec, release: Release, beside: Beside, *, tls: bool
             {"name": "DATACACHE_RUNTIME", "value": f"{release.run_dir}/{spec.uid}"},
             {"name": "HOME", "value": "/tmp"},  # noqa: S108  an emptyDir of its own
         ],
-        "ports": [{"name": "api", "containerPort": API_PORT, "protocol": "TCP"}],
+        "ports": [
+            {"name": "api", "containerPort": API_PORT, "protocol": "TCP"},
+            *(
+                [{"name": "metrics", "containerPort": release.metrics_port, "protocol": "TCP"}]
+                if release.metrics_port
+                else []
+            ),
+        ],
         "readinessProbe": {**probe, "httpGet": {"path": "/readyz", **api}, "periodSeconds": 5},
         # Why it ended is said on the Dataset, and to pods that wait for it.
         "terminationMessagePolicy": "FallbackToLogsOnError",

@@ -17,6 +17,7 @@ import base64
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from datacache.clock import Clock
@@ -72,7 +73,7 @@ AGAIN = 30.0
 QUIET = 300.0
 """Seconds until a Dataset without workers is looked at again, should an event have been missed."""
 GOING = 2.0
-"""Seconds until a deletion is looked at again."""
+"""Seconds until a deletion is looked at again, and workers whose change has to wait."""
 LATE = 60.0
 """Seconds that a pod may wait for the worker of its node before it is told why."""
 IDLE = 600.0
@@ -82,7 +83,8 @@ Object = dict[str, Any]
 
 
 class Reconciler:
-    """Looks at Datasets. `nodes_of` says on which nodes pods use a claim, `pods_of` which pods (by uid).
+    """Looks at Datasets. `nodes_of` says on which nodes pods use a claim, `pods_of` which pods (by uid); in a
+    block of `workers`, which says whether it may, workers are changed.
 
     State, of each Dataset by one thread at a time: `_applied` is what was applied last to which version of
     an object, `_idle` since when a node is not wanted, `_late` since when pods wait for a worker (None: they
@@ -92,11 +94,11 @@ class Reconciler:
     def __init__(
         self, api: Api, release: Release, asking: Asking, *, clock: Clock,
         nodes_of: Callable[[Key], Iterable[str]], pods_of: Callable[[Key], Iterable[str]],
-        authorities: Authorities,
+        authorities: Authorities, workers: Callable[[], AbstractContextManager[bool]],
     ) -> None:  # fmt: skip
         self._api, self._release, self._asking = api, release, asking
         self._clock, self._nodes_of, self._pods_of = clock, nodes_of, pods_of
-        self._authorities = authorities
+        self._authorities, self._workers_may = authorities, workers
         self._applied: dict[Name, tuple[str, Object]] = {}
         self._idle: dict[tuple[str, str], float] = {}
         self._late: dict[Key, dict[str, float | None]] = {}
@@ -168,6 +170,8 @@ class Reconciler:
         self._warn_users(key, {node: _why(pods, node) for node in seen.silent} | why)
         if spec is not None and spec.writable:
             self._warn_writers(key, spec)
+        if lack.later:
+            return GOING
         return AGAIN if pods or labelled or lack.reason or claim != "Bound" else QUIET
 
     def _make(self, spec: DatasetSpec, there: dict[Name, Object]) -> "_Lack":
@@ -184,13 +188,12 @@ class Reconciler:
         token = self._token(spec, there)
         pair = self._certificate(spec.uid, known_pair(there.get(self._tls(spec.uid))))
         wanted = objects(spec, self._release, beside=beside, token=token, placed=placed, tls=pair)
-        for obj in wanted:
-            self._apply(obj, there.get(name_of(obj)))
+        done = [self._apply(obj, there.get(name_of(obj))) for obj in wanted]
         for name in there.keys() - {name_of(obj) for obj in wanted}:
             if not there[name]["metadata"].get("deletionTimestamp"):  # workers of before may hold it
                 self._api.delete(name, uid=there[name]["metadata"]["uid"])
         self._reclaim(spec, there)
-        return _Lack("", "")
+        return _Lack("", "", later=not all(done))
 
     # ---- what lies beside it ------------------------------------------------------------------------
 
@@ -300,17 +303,24 @@ class Reconciler:
         known = (there.get(name, {}).get("data") or {}).get("token")
         return known or base64.b64encode(secrets.token_hex(32).encode()).decode()
 
-    def _apply(self, obj: Object, there: Object | None) -> None:
+    def _apply(self, obj: Object, there: Object | None) -> bool:
         """Have `obj` be there. Nothing is sent when it is, or when just this was the last that was sent to
-        just that: the API writes some values in its own way."""
+        just that: the API writes some values in its own way. False: workers may not be changed just now."""
         name = name_of(obj)
         if there is not None:
             if there["metadata"].get("deletionTimestamp"):
-                return  # it is made anew when it has gone
+                return True  # it is made anew when it has gone
             if _within(obj, there) or self._applied.get(name) == (_version(there), obj):
-                return
-        after = self._api.apply(obj)
+                return True
+        if name.kind == "DaemonSet" and there is not None:
+            with self._workers_may() as may:
+                if not may:
+                    return False
+                after = self._api.apply(obj)
+        else:
+            after = self._api.apply(obj)
         self._applied[name] = (_version(after), obj)
+        return True
 
     def _reclaim(self, spec: DatasetSpec, there: Mapping[Name, Object]) -> None:
         """A claim that somebody deleted is made again, and the volume still waits for the one before. Nobody
@@ -599,6 +609,8 @@ class _Lack(NamedTuple):
 
     reason: str
     message: str
+    later: bool = False
+    """Whether the change of its workers has to wait."""
 
 
 def _may_have(node: Object, spec: DatasetSpec) -> bool:

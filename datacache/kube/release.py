@@ -50,6 +50,10 @@ class Release:
     pull_policy: str = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()
     """Names of Secrets of the release namespace."""
+    plugin: str = ""
+    """The DaemonSet of the CSI driver, in the release namespace, whose pods we exchange; empty: none."""
+    metrics_port: int = 0
+    """On which workers serve metrics to anybody; 0: none does."""
     priority_class: str = ""
     """Of workers whose Dataset names none; the chart makes one that preempts nobody. Empty: none."""
     service_account: str = "datacache-worker"

@@ -1,9 +1,11 @@
 """
 A real node: kubelet, containerd and runc as plain processes, in a mount name space of their own.
 
-Pods run on the host's network. All that the node keeps lies below one directory; what its programs would
-leave elsewhere is a tmpfs of that name space. A machine has room for one node at a time: cgroups, an address
-on lo. At the end its processes are those of the name space, and its mounts go with it.
+Pods are on a bridge of their own and reach this machine, by the node's address and, for the API server, by
+that of its Service; nothing is forwarded, so nobody else. All that the node keeps lies below one directory;
+what its programs would leave elsewhere is a tmpfs of that name space. A machine has room for one node at a
+time: cgroups, addresses on lo, the bridge. At the end its processes are those of the name space, and its
+mounts go with it.
 """
 
 import contextlib
@@ -15,19 +17,25 @@ import os
 import signal
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.binaries import binary, cache
 from tests.cluster.debian import root
 from tests.cluster.plane import ControlPlane, wait_until
+from tests.cluster.relay import relay
 
 IMAGE = "local.test/busybox:1"
 """The image of pods; imagePullPolicy: Never."""
 
+ADDRESS = "10.99.0.1"
+"""Of the node: what this machine serves there, pods reach."""
+
 _PAUSE = "local.test/pause:1"
-_ADDRESS = "10.99.0.1"
+_API = "10.0.0.1"
+"""Of the Service of the API server."""
+_BRIDGE, _GATEWAY, _PODS = "k8stest0", "10.244.9.1/24", "10.244.9.0/24"
 _SOCKET = "/run/containerd/containerd.sock"
 _STOPPING = 20.0
 _SYSCTLS = [
@@ -57,25 +65,40 @@ class Node:
         """The command line that runs `words` in its mount name space."""
         return ["nsenter", "-t", str(self.shell), "-m", *words]
 
+    def ctr(self, *words: str) -> str:
+        """What containerd says, of the images and containers of the kubelet."""
+        words = (str(root() / "usr/bin/ctr"), "-a", _SOCKET, "-n", "k8s.io", *words)
+        return subprocess.run(self.inside(*words), capture_output=True, text=True, check=True).stdout
+
     def mounts(self) -> str:
         """Its mount table."""
         return Path(f"/proc/{self.shell}/mountinfo").read_text()
 
 
 @contextlib.contextmanager
-def node(plane: ControlPlane, directory: Path, name: str = "node1") -> Iterator[Node]:
-    """A node of `plane`, Ready, below `directory`. Raises NoPackages, NotBuilt."""
+def node(
+    plane: ControlPlane, directory: Path, name: str = "node1", *, images: Sequence[Path] = ()
+) -> Iterator[Node]:
+    """A node of `plane`, Ready, below `directory`, that has the archives `images`. Raises NoPackages,
+    NotBuilt."""
     tools = root()
     kubelet = directory / "kubelet"
     kubelet.mkdir(parents=True)
-    _configure(plane, directory, tools)
+    _configure(plane, directory, tools, images)
     with contextlib.ExitStack() as held:
         lock = held.enter_context((cache() / "node.lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
         for sysctl in _SYSCTLS:
             held.callback(sysctl.write_text, sysctl.read_text())
-        _ip("addr", "add", f"{_ADDRESS}/32", "dev", "lo")
-        held.callback(_ip, "addr", "del", f"{_ADDRESS}/32", "dev", "lo")
+        for address in (ADDRESS, _API):
+            _ip("addr", "add", f"{address}/32", "dev", "lo")
+            held.callback(_ip, "addr", "del", f"{address}/32", "dev", "lo")
+        _ip("link", "add", _BRIDGE, "type", "bridge")
+        held.callback(_ip, "link", "del", _BRIDGE)
+        _ip("addr", "add", _GATEWAY, "dev", _BRIDGE)
+        _ip("link", "set", _BRIDGE, "up")
+        host, port = plane.url.removeprefix("https://").split(":")
+        held.enter_context(relay((_API, 443), (host, int(port))))
         held.callback(_remove_cgroups)
         with (directory / "node.log").open("wb") as log:
             shell = subprocess.Popen(
@@ -93,15 +116,21 @@ def node(plane: ControlPlane, directory: Path, name: str = "node1") -> Iterator[
         yield Node(name, shell.pid, kubelet)
 
 
-def _configure(plane: ControlPlane, directory: Path, tools: Path) -> None:
+def _configure(plane: ControlPlane, directory: Path, tools: Path, images: Sequence[Path]) -> None:
     pki = plane.kubeconfig.parent
     for name in ("cni", "manifests", "pki", "opt"):
         (directory / name).mkdir()
     _image(directory / "busybox.tar", IMAGE, tools)
     _image(directory / "pause.tar", _PAUSE, tools)
-    # Pods have the host's network; that there is one has to be said.
-    network = {"cniVersion": "0.4.0", "name": "lo", "plugins": [{"type": "loopback"}]}
-    (directory / "cni" / "10-lo.conflist").write_text(json.dumps(network))
+    imported = [directory / "pause.tar", directory / "busybox.tar", *images]
+    # The bridge and its address are ours: as a gateway the plugin would have the machine forward packets.
+    addresses = {
+        "type": "host-local", "dataDir": str(directory / "addresses"), "ranges": [[{"subnet": _PODS}]],
+        "routes": [{"dst": "0.0.0.0/0"}],
+    }  # fmt: skip
+    bridge = {"type": "bridge", "bridge": _BRIDGE, "isGateway": False, "ipMasq": False, "ipam": addresses}
+    network = {"cniVersion": "0.4.0", "name": "k8stest", "plugins": [bridge, {"type": "loopback"}]}
+    (directory / "cni" / "10-bridge.conflist").write_text(json.dumps(network))
     (directory / "containerd.toml").write_text(f"""
 version = 3
 root = "{directory}/containerd"
@@ -126,7 +155,7 @@ bin_dirs = ["{tools}/usr/lib/cni"]
 conf_dir = "{directory}/cni"
 """)
     settings = {
-        "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration", "address": _ADDRESS,
+        "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration", "address": ADDRESS,
         "cgroupDriver": "cgroupfs", "failSwapOn": False, "staticPodPath": str(directory / "manifests"),
         "authentication": {
             "anonymous": {"enabled": False}, "webhook": {"enabled": True},
@@ -144,9 +173,9 @@ for each in /run /var/lib /var/log; do mount -t tmpfs node $each; done
 export PATH={program}:{tools}/usr/sbin:$PATH
 containerd -c {directory}/containerd.toml &
 until ctr -a {_SOCKET} version >/dev/null 2>&1; do sleep 0.1; done
-for each in pause busybox; do ctr -a {_SOCKET} -n k8s.io images import {directory}/$each.tar; done
+for each in {" ".join(map(str, imported))}; do ctr -a {_SOCKET} -n k8s.io images import $each; done
 {binary("kubelet")} --config={directory}/kubelet.json --kubeconfig={pki}/node1.kubeconfig \
-  --hostname-override=node1 --node-ip={_ADDRESS} --cert-dir={directory}/pki --root-dir={directory}/kubelet &
+  --hostname-override=node1 --node-ip={ADDRESS} --cert-dir={directory}/pki --root-dir={directory}/kubelet &
 wait
 """)
 

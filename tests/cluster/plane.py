@@ -17,7 +17,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +129,8 @@ def wait_until(true: Callable[[], object], what: str, *, patience: float = PATIE
 
 
 @contextlib.contextmanager
-def control_plane(directory: Path, *, audited: str = "") -> Iterator[ControlPlane]:
-    """One below `directory`, for as long as the context lasts. Every request of the user `audited` is noted
+def control_plane(directory: Path, *, audited: Sequence[str] = ()) -> Iterator[ControlPlane]:
+    """One below `directory`, for as long as the context lasts. Every request of the users `audited` is noted
     in its audit.log. Raises PlaneFailed."""
     with contextlib.ExitStack() as running:
         for attempt in range(1, _TRIES + 1):
@@ -145,7 +145,7 @@ def control_plane(directory: Path, *, audited: str = "") -> Iterator[ControlPlan
 
 
 @contextlib.contextmanager
-def _started(directory: Path, audited: str) -> Iterator[ControlPlane]:
+def _started(directory: Path, audited: Sequence[str]) -> Iterator[ControlPlane]:
     port, etcd, peer, kcm, scheduler = _free_ports(5)
     plane = ControlPlane(directory, port)
     pki = directory / "pki"
@@ -200,14 +200,14 @@ def _identity(pki: Path, user: str) -> list[str]:
     ]
 
 
-def _audit(directory: Path, user: str) -> list[str]:
-    if not user:
+def _audit(directory: Path, users: Sequence[str]) -> list[str]:
+    if not users:
         return []
     policy = {
         "apiVersion": "audit.k8s.io/v1",
         "kind": "Policy",
         "omitStages": ["RequestReceived"],
-        "rules": [{"level": "Metadata", "users": [user]}, {"level": "None"}],
+        "rules": [{"level": "Metadata", "users": [*users]}, {"level": "None"}],
     }
     (directory / "audit.yaml").write_text(json.dumps(policy))
     return [f"--audit-policy-file={directory}/audit.yaml", f"--audit-log-path={directory}/audit.log"]

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from datacache.kube.loading import Loader
 from datacache.kube.manifests import CONFIG_ANNOTATION, node_label, objects
 from datacache.kube.marks import MARKS
 from datacache.kube.phase import ACCEPT_LOSS
-from datacache.kube.reconciling import FINALIZER, IDLE, LATE, Reconciler
+from datacache.kube.reconciling import FINALIZER, GOING, IDLE, LATE, Reconciler
 from datacache.kube.release import Key, Name
 from datacache.kube.spec import read_dataset
 from tests.cluster.datasets import RELEASE, SECRET, CountingApi, Killed, Team, job_says, worker_says
@@ -63,6 +64,7 @@ class Looker:
         self.nodes: set[str] = set()
         self.pods: set[str] = set()
         self.release = RELEASE
+        self.workers_may = True
         self.api = CountingApi(configuration(str(plane.kubeconfig)))
         self.pool = ThreadPoolExecutor(4, "ask")
         self._begin()
@@ -75,6 +77,7 @@ class Looker:
         self.reconciler = Reconciler(
             self.api, self.release, asking, clock=self.clock, nodes_of=lambda key: self.nodes,
             pods_of=lambda key: self.pods, authorities=authorities,
+            workers=lambda: nullcontext(self.workers_may),
         )  # fmt: skip
         self.loader = Loader(self.api, RELEASE, asking, clock=self.clock, dataset_changed=lambda key: None)
 
@@ -179,6 +182,24 @@ def test_a_change_rolls_the_workers_and_what_was_taken_out_is_gone(team: Team, l
     team.api.merge(dataset, {"spec": {"worker": None, "consistency": {"ttl": "5s"}}})
     looker.until(lambda: "example.com/a" not in annotations(), "the annotation to go")
     assert annotations()[CONFIG_ANNOTATION] != before[CONFIG_ANNOTATION]
+
+
+def test_workers_are_not_changed_while_the_driver_of_a_node_is_away(team: Team, looker: Looker) -> None:
+    """They are the only holders of its mounts then."""
+    obj = team.dataset()
+    looker.until(lambda: team.status().get("phase") == "Bound", "the claim to be bound")
+    name = Name("apps/v1", "DaemonSet", RELEASE.namespace, f"datacache-{obj['metadata']['uid']}")
+
+    def generation() -> int:
+        return int(team.api.get(name)["metadata"]["generation"])
+
+    before, looker.workers_may = generation(), False
+    team.api.merge(Name(OURS, "Dataset", team.namespace, "data"), {"spec": {"consistency": {"ttl": "5s"}}})
+    assert looker.look() == GOING
+    assert generation() == before
+    looker.workers_may = True
+    looker.look()
+    assert generation() == before + 1
 
 
 def test_what_somebody_else_changes_is_put_right(team: Team, looker: Looker) -> None:

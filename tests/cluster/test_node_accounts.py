@@ -37,7 +37,7 @@ ACCOUNT = f"system:serviceaccount:{SPACE}:datacache-csi"
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """A control plane of its own, with the chart installed."""
     try:
-        with control_plane(tmp_path_factory.mktemp("accounts"), audited=ACCOUNT) as running:
+        with control_plane(tmp_path_factory.mktemp("accounts"), audited=[ACCOUNT]) as running:
             running.helm("install", "datacache", str(CHART), "-n", SPACE, "--create-namespace", *IMAGE)
             kinds = [f"/apis/datacache.io/v1alpha1/{kind}" for kind in ("datasets", "cachenodes")]
             wait_until(lambda: all(running.ask(kind)[0] == 200 for kind in kinds), "the kinds to be served")

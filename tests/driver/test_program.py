@@ -71,6 +71,14 @@ def running(
     assert "Traceback" not in text, text
 
 
+def probed(kubelet: Kubelet) -> subprocess.CompletedProcess[str]:
+    """What `datacache-csi --probe` says."""
+    words = ["--probe", "--kubelet-dir", str(kubelet.root)]
+    return subprocess.run(
+        [sys.executable, "-m", "csi", *words], capture_output=True, text=True, check=False, timeout=STOP
+    )
+
+
 @pytest.fixture
 def kubelet(tmp_path: Path) -> Kubelet:
     return Kubelet(tmp_path / "kubelet").make()
@@ -160,3 +168,18 @@ def test_it_ends_clean_and_starts_after_a_kill(kubelet: Kubelet) -> None:
         assert program.end(signal.SIGTERM) == 0
         assert not program.socket.exists()
         assert not program.announced.exists()
+
+
+def test_a_probe_tells_whether_the_driver_answers(kubelet: Kubelet) -> None:
+    """A process that is stopped listens, and answers nothing."""
+    assert probed(kubelet).returncode == 1
+    with running(kubelet) as program:
+        assert probed(kubelet).returncode == 0
+        assert program.process is not None
+        program.process.send_signal(signal.SIGSTOP)
+        try:
+            said = probed(kubelet)
+        finally:
+            program.process.send_signal(signal.SIGCONT)
+        assert said.returncode == 1
+        assert "error: no driver answers at" in said.stderr and "(DEADLINE_EXCEEDED)" in said.stderr

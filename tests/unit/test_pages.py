@@ -6,8 +6,10 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from csi.__main__ import parser as driver_parser
 from datacache.cache.catalogue import Catalogue
@@ -17,12 +19,16 @@ from datacache.clock import VirtualClock
 from datacache.config.settings import IndexSettings
 from datacache.index.manifest import read_manifest
 from datacache.index.opening import open_index
+from datacache.kube.api import OURS
+from datacache.kube.release import Release
+from datacache.kube.spec import read_dataset
 from datacache.model import Dataset, MountPoint, Version
 from datacache.sources.memory import MemorySource
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = {"--one-file-system", "--device", "--cap-add", "--unix-socket", "--server-side", "--set"}
+OTHERS = {"--one-file-system", "--device", "--cap-add", "--unix-socket", "--server-side", "--set",
+          "--no-hooks", "--from-literal"}  # fmt: skip
 """Flags on our pages that are other programs'."""
 
 
@@ -123,3 +129,51 @@ def test_the_manifest_of_the_page_is_one() -> None:
     assert (plain.path, plain.size, plain.version) == ("train/0001.jpg", None, Version())
     assert (tagged.path, tagged.size, tagged.version.etag) == ("train/2.jpg", 48211, '"9b2cf535f27731c9"')
     assert (sized.path, sized.size) == ("val/0003.jpg", 51200)
+
+
+# ---- pages for Kubernetes ------------------------------------------------------------------------
+
+
+def examples(page: str, kind: str) -> list[dict[str, Any]]:
+    """The objects of a kind of ours in the blocks of YAML of a page."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    objects = [each for block in blocks for each in yaml.safe_load_all(block)]
+    return [each for each in objects if each["kind"] == kind and each["apiVersion"] == OURS]
+
+
+def fields(schema: dict[str, Any], above: str = "") -> Iterator[str]:
+    """All fields of a schema, as the pages write them."""
+    for name, inner in (schema.get("properties") or {}).items():
+        yield above + name
+        yield from fields(inner, f"{above}{name}.")
+        yield from fields(inner.get("items") or {}, f"{above}{name}[].")
+
+
+@pytest.mark.parametrize("page", ["fluid.md", "kubernetes.md"])
+def test_datasets_of_the_pages_can_be_done(page: str) -> None:
+    """An example is one that the controller takes."""
+    found = examples(page, "Dataset")
+    assert found
+    for obj in found:
+        obj["metadata"] |= {"uid": "0b6e4c1a-3a57-4b8f-9f53-111111111111", "generation": 1}
+        obj["metadata"].setdefault("namespace", "team-a")
+        assert read_dataset(obj, Release(namespace="datacache", image="x:1")).mounts
+
+
+def test_our_fields_on_the_page_for_fluids_users_exist() -> None:
+    """The second column of its tables has fields of our kinds, or says that there is none."""
+    known = {"image"}  # a value of the chart
+    for kind in ("datasets", "dataloads"):
+        crd = yaml.safe_load((ROOT / f"charts/datacache/files/crds/{kind}.yaml").read_text())
+        schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+        for part in ("spec", "status"):
+            known |= {*fields(schema[part]), *fields(schema[part], f"{part}.")}
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|", (ROOT / "docs/fluid.md").read_text(), re.MULTILINE)
+    for theirs, ours in rows:
+        if ours in ("none", "ours", "phase") or ours.startswith(("---", "`Pending`")):
+            continue
+        named = re.findall(r"`([^`{]+)`", theirs if ours == "the same" else ours)
+        assert named, f"{theirs}: {ours}"
+        for name in named:
+            ends = [known_name for known_name in known if known_name.endswith(name)]
+            assert ends, f"{theirs}: there is no {name}"
