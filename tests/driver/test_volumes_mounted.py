@@ -384,6 +384,47 @@ def test_a_checkpoint_that_is_written_while_the_worker_is_killed_arrives(site: S
     assert site.workers[-1].poll() is None
 
 
+CLOSER = """
+import os, sys
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+assert os.write(file, b"before the end") == 14
+print("written", flush=True)
+sys.stdin.readline()
+try:
+    os.close(file)
+except OSError as error:
+    print(error.strerror, flush=True)
+"""
+
+
+@pytest.mark.parametrize("writes", ["kernel", "worker"])
+def test_what_was_written_before_eio_is_uploaded_at_the_latest_at_the_end(site: Site, writes: str) -> None:
+    """Whoever closed the file was told EIO, and the worker never heard of the close: the volume does not wait
+    for it for ever, and what was written is not lost."""
+    site.rw = True
+    if writes == "worker":
+        site.worker_via = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
+    site.worker()
+    with site.driver("--takeover-timeout", "1s") as program, connected(program.socket) as client:
+        client.call(site.stage())
+        client.call(site.publish())
+        words = [sys.executable, "-c", CLOSER, str(site.directory / "file")]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdin is not None
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "written\n"
+            site.kill_worker()
+            until(lambda: "is answered EIO until one does" in program.log.read_text())
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+            assert writer.stdout.readline() == "Input/output error\n"
+        site.worker()
+        insist(client, site.stage())
+        client.call(site.kubelet.unpublish("reader"))
+        insist(client, site.kubelet.unstage())
+    assert (site.bucket / "file").read_bytes() == b"before the end"
+
+
 def test_what_the_bucket_does_not_have_keeps_the_volume(site: Site) -> None:
     """Unstage says what is owed. A worker that is dead has it in its landing zone, and holds nothing up."""
     site.rw = True
