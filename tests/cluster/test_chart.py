@@ -493,10 +493,10 @@ def test_workers_serve_metrics_where_the_monitor_asks_for_them(own: ControlPlane
     _, _, *flags = deployment["spec"]["template"]["spec"]["containers"][0]["command"]
     release = read_release(command_parser("controller").parse_args(flags))
     spec = read_dataset(
-        {"metadata": {"name": "a", "namespace": "b", "uid": "u", "generation": 1},
-         "spec": {"mounts": [{"mountPoint": "s3://bucket/x"}]}}, release,
+        {"metadata": {"name": "a", "namespace": "b", "uid": "0b6e4c1a-0000", "generation": 1},
+         "spec": {"mounts": [{"mountPoint": "https://host/x"}]}}, release,
     )  # fmt: skip
-    workers = next(e for e in objects(spec, release, keys={}, token="") if e["kind"] == "DaemonSet")
+    workers = next(e for e in objects(spec, release, token="") if e["kind"] == "DaemonSet")
     (container,) = workers["spec"]["template"]["spec"]["containers"]
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}
     assert ports[endpoint["port"]] == 9300
