@@ -56,10 +56,14 @@ class Node:
         return f"<Node {self._node_id}>"
 
     def go_on(self) -> None:
-        """Take up what a process before us has staged. Raises MountError."""
+        """Take up what a process before us has staged. What cannot be holds up nothing else: each call for
+        that volume says why."""
         for record in self._records.all():
             if record.dataset:
-                self._datasets.expect(record.dataset)
+                try:
+                    self._datasets.expect(record.dataset)
+                except MountError as error:
+                    log.error("%s: %s", record.volume, error)
 
     # ---- once a node -----------------------------------------------------------------------------
 

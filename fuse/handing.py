@@ -24,7 +24,8 @@ from datacache.errors import DatacacheError, MountError
 from fuse.connection import Agreement
 
 VERSION = 1
-"""Of this protocol. Who says another one is not talked to: it is upgraded, or we are."""
+"""Of this protocol, to which `Held` and the `Agreement` in it belong. Who says another one is not talked to,
+and cannot be handed a mount: so another one is for a change that no other way is found for."""
 
 MAX = 8192
 """Bytes of a message."""

@@ -147,11 +147,15 @@ class FakeDatasetMounter:
     def __init__(self, node: Node, *, step: Callable[[], None] = lambda: None) -> None:
         self.node, self._step = node, step
         self.expected: list[str] = []
+        self.refuses = ""
+        """The uid of a Dataset whose worker cannot be let come."""
 
     def __repr__(self) -> str:
         return f"<FakeDatasetMounter of {sorted(self.node.workers)}>"
 
     def expect(self, uid: str) -> None:
+        if uid == self.refuses:
+            raise MountError("no room")
         self.expected.append(uid)
 
     def show(self, uid: str, directory: str, *, name: str, writable: bool, used: bool, within: float) -> None:

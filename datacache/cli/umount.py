@@ -143,7 +143,7 @@ def _amount(writing: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _left(worker: "Registration", *, patience: float) -> str:
+def _left(worker: "Registration", *, patience: float = ASK_TIMEOUT) -> str:
     """What stays in the landing zone of a mount that goes without a look at that."""
     writing = _written(worker, patience=patience)
     if not writing or not (writing["dirty_due"] or writing["dirty_files"]):

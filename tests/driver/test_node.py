@@ -463,6 +463,18 @@ def test_the_driver_of_a_dataset_may_be_killed_between_any_two_steps(tmp_path: P
     assert nth > 10
 
 
+def test_one_volume_that_cannot_be_taken_up_holds_up_no_other(
+    of_dataset: Driver, logs: AnnouncedLogs
+) -> None:
+    """A driver starts on a node on which something stands in the way of one of its volumes."""
+    logs.expect("datacache-one: no room")
+    for name in ("one", "two"):
+        of_dataset.records.put(Record(f"datacache-{name}", f"/staging/{name}", "digest", name))
+    of_dataset.datasets.refuses = "one"
+    of_dataset.service.go_on()
+    assert of_dataset.datasets.expected == ["two"]
+
+
 def test_a_dataset_without_a_worker_is_not_mounted(of_dataset: Driver) -> None:
     """Nothing is left of the try; what was there before stays."""
     kubelet, node = of_dataset.kubelet, of_dataset.node

@@ -219,6 +219,58 @@ def test_the_driver_is_killed_under_a_reader(site: Site) -> None:
         insist(client, site.stage())
 
 
+@pytest.mark.parametrize("after", [0.0, 0.05, 0.3])
+def test_the_driver_is_killed_in_the_middle_of_a_stage(site: Site, after: float) -> None:
+    """What it had begun goes on or comes to nothing: the next one gets there, with one mount."""
+    (site.bucket / "file").write_bytes(b"of the bucket")
+    records = site.kubelet.root / "plugins" / "csi.datacache.io" / "volumes"
+    site.worker()
+    with site.driver() as program, connected(program.socket) as client:
+        asking = threading.Thread(target=client.code, args=(site.stage(),))
+        asking.start()
+        until(lambda: list(records.glob("*.json")))
+        time.sleep(after)  # that many seconds into the stage: each place is as good as another
+        program.end(signal.SIGKILL)
+        asking.join(PATIENCE)
+    with site.driver() as program, connected(program.socket) as client:
+        insist(client, site.stage())
+        insist(client, site.publish())
+        assert (site.directory / "file").read_bytes() == b"of the bucket"
+        on = [m for m in mountpoint.mounts().values() if m.directory == str(site.kubelet.staging)]
+        assert len(on) == 1
+        client.call(site.kubelet.unpublish("reader"))
+        client.call(site.kubelet.unstage())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_how_long_a_mount_takes(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """The bars: at most 3 s with a worker that runs, 15 s where it has to start."""
+    (site.bucket / "file").write_bytes(b"of the bucket")
+    took: dict[bool, list[float]] = {True: [], False: []}
+    with site.driver() as program, connected(program.socket) as client:
+        for number in range(60):
+            starts = number % 3 == 0
+            if starts and site.workers:
+                site.kill_worker()
+            begun = time.monotonic()
+            if starts:
+                site.worker()
+            insist(client, site.stage())
+            client.call(site.publish())
+            assert (site.directory / "file").read_bytes() == b"of the bucket"
+            took[starts].append(time.monotonic() - begun)
+            client.call(site.kubelet.unpublish("reader"))
+            insist(client, site.kubelet.unstage())
+    shown = {starts: (sorted(each)[len(each) // 2], max(each)) for starts, each in took.items()}
+    with capfd.disabled():
+        for starts, what in ((False, "runs"), (True, "has to start")):
+            middle, most = shown[starts]
+            sys.stdout.write(f"\nwhere the worker {what}: {middle:.2f} s in the median, {most:.2f} s at most")
+    assert shown[False][1] < 3.0
+    assert shown[True][1] < 15.0
+
+
 def alternate(site: Site, kills: int) -> list[float]:
     """Kill worker and driver in turn, under readers; the longest stall of each kill, in seconds."""
     fill(site.bucket)

@@ -12,7 +12,9 @@ from datacache.cluster import premises
 from datacache.cluster.premises import Place, Premises
 from datacache.config.parsing import read_settings
 from datacache.errors import SettingError
-from datacache.kube.release import Key
+from datacache.kube.manifests import landing_path, settings_text
+from datacache.kube.release import Key, Release
+from datacache.kube.spec import read_dataset
 from datacache.model import GiB, MiB
 from tests.conftest import AnnouncedLogs
 
@@ -141,3 +143,38 @@ def test_other_directories_are_nobodys(tmp_path: Path) -> None:
     (tmp_path / "state" / OTHER).symlink_to(tmp_path / "state" / UID)
     assert [each.uid for each in residents(tmp_path)] == [UID]
     assert Register(Roots(str(tmp_path / "nowhere"))).residents() == []
+
+
+@pytest.mark.parametrize("landing_tier", ["SSD", "MEM"])
+def test_what_the_controller_makes_is_what_the_plugin_believes(landing_tier: str, tmp_path: Path) -> None:
+    """A worker with the settings of a Dataset says of each of its directories where it is, and nothing of
+    that is left out: tiers, of them those that wait for a tmpfs, the landing zone, and who gives way to
+    whom."""
+    release = Release(
+        namespace="datacache", image="x:1", state_dir=f"{tmp_path}/state", run_dir=f"{tmp_path}/run",
+        memory_dir=f"{tmp_path}/mem", disk_dir=f"{tmp_path}/ssd",
+        tier_roots=(f"{tmp_path}/mem", f"{tmp_path}/ssd"),
+    )  # fmt: skip
+    tiers = [
+        {"mediumtype": kind, "path": f"{tmp_path}/{path}", "quota": "1Gi"}
+        for kind, path in (("MEM", "mem/a"), ("SSD", "ssd/b"))
+        if kind in ("MEM", landing_tier)
+    ]
+    obj = {
+        "metadata": {"name": "imagenet", "namespace": "team", "uid": UID, "generation": 1},
+        "spec": {
+            "mounts": [{"mountPoint": "s3://bucket", "options": {"anonymous": "true"}}],
+            "accessModes": ["ReadWriteMany"],
+            "tieredstore": {"levels": tiers, "priority": -3},
+        },
+    }
+    of = read_dataset(obj, release)
+    (config := tmp_path / "datacache.yaml").write_text(settings_text(of, release))
+    premises.write(read_settings({}, config_file=str(config), environment={"HOME": "/"}))
+    (found,) = residents(tmp_path)
+    assert (found.uid, found.key, found.priority) == (UID, Key("team", "imagenet"), -3)
+    assert [(place.medium, place.mounted) for place in found.places] == [
+        (tier["mediumtype"].lower(), tier["mediumtype"] == "MEM") for tier in tiers
+    ]
+    assert found.landing == f"{landing_path(of, release)}"
+    assert found.state == f"{release.state_dir}/{UID}" and found.run == f"{release.run_dir}/{UID}"
