@@ -36,16 +36,26 @@ class Authorities:
         return f"<Authorities {self._name.namespace}/{self._name.name}>"
 
     def current(self) -> Authority:
-        """The one that signs. Raises ClusterError."""
+        """The one that signs, made or renewed where that is due. Raises ClusterError."""
         with self._lock:
-            now = self._clock.monotonic()
-            if self._known is None or now - self._read >= BELIEVED:
-                self._known, self._read = self._found_or_made(), now
-            return self._known
+            found = self._believed()
+            if found is None or not is_good_authority(found, self._clock.wall()):
+                found = self._known = self._found_or_made()
+            return found
 
     def trusted(self) -> str:
-        """Certificates of those that sign, or did, in PEM. Raises ClusterError."""
-        return self.current().trusted(self._clock.wall())
+        """Certificates of those that sign, or did, in PEM; empty where there are none. It makes nothing: who
+        only asks workers need not be allowed to. Raises ClusterError."""
+        with self._lock:
+            found = self._believed()
+        return found.trusted(self._clock.wall()) if found is not None else ""
+
+    def _believed(self) -> Authority | None:
+        """What stands in the Secret, or stood there a moment ago. Under the lock."""
+        now = self._clock.monotonic()
+        if self._known is None or now - self._read >= BELIEVED:
+            self._known, self._read = read_authority(self._api.get(self._name)), now
+        return self._known
 
     def _found_or_made(self) -> Authority:
         for _ in range(3):

@@ -2,10 +2,13 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from datacache.kube.authority import read_authority
+from datacache.clock import VirtualClock
+from datacache.errors import Conflicting
+from datacache.kube.authority import BELIEVED, Authorities, read_authority
 from datacache.kube.certificates import (
     AUTHORITY,
     CERTIFICATE,
@@ -16,6 +19,7 @@ from datacache.kube.certificates import (
     issue,
     make_authority,
 )
+from datacache.kube.release import Name, Release
 
 NOW = 1_800_000_000.0
 NAMES = ["datacache-1.datacache.svc"]
@@ -82,3 +86,77 @@ def test_a_secret_that_holds_no_authority(secret: object) -> None:
 def test_now_is_a_time_at_which_it_works() -> None:
     made = make_authority(time.time())
     assert is_good_pair(issue(made, NAMES, time.time()), made, NAMES, time.time())
+
+
+# ---- where it is kept ----------------------------------------------------------------------------
+
+
+class OneSecret:
+    """An API with one Secret, which notes what is asked of it. `faster` is somebody else's, who comes between
+    a look and a write."""
+
+    def __init__(self) -> None:
+        self.secret: dict[str, Any] | None = None
+        self.asked: list[str] = []
+        self.faster: dict[str, Any] | None = None
+
+    def get(self, name: Name) -> dict[str, Any] | None:
+        assert name == Name("v1", "Secret", "datacache", "datacache-ca")
+        self.asked.append("get")
+        found = self.secret
+        if self.faster is not None:
+            self.secret, self.faster = self.faster, None
+        return found
+
+    def create(self, obj: dict[str, Any]) -> None:
+        self.asked.append("create")
+        if self.secret is not None:
+            raise Conflicting("it is there", status=409)
+        self.secret = obj | {"metadata": obj["metadata"] | {"resourceVersion": "1"}}
+
+    def merge(self, name: Name, patch: dict[str, Any]) -> None:
+        self.asked.append("merge")
+        assert self.secret is not None
+        if patch["metadata"]["resourceVersion"] != self.secret["metadata"]["resourceVersion"]:
+            raise Conflicting("it has changed", status=409)
+        self.secret = self.secret | {"data": patch["data"]}
+
+
+def kept(api: OneSecret, clock: VirtualClock) -> Authorities:
+    return Authorities(api, Release(namespace="datacache", image="x"), clock=clock)  # type: ignore[arg-type]
+
+
+def test_an_authority_is_made_once_and_believed_for_a_minute() -> None:
+    api, clock = OneSecret(), VirtualClock(NOW)
+    authorities = kept(api, clock)
+    assert authorities.trusted() == "" and "create" not in api.asked, "who only asks makes nothing"
+    first = authorities.current()
+    assert authorities.trusted() == first.pair.certificate and kept(api, clock).current() == first
+    asked = len(api.asked)
+    clock.advance(BELIEVED - 1)
+    assert authorities.current() == first and len(api.asked) == asked
+    clock.advance(1)
+    assert authorities.current() == first and api.asked[asked:] == ["get"]
+
+
+def test_a_renewal_keeps_the_one_before_and_is_made_by_who_signs() -> None:
+    api, clock = OneSecret(), VirtualClock(NOW)
+    authorities = kept(api, clock)
+    first = authorities.current()
+    clock.advance(YEAR * 0.7)
+    assert authorities.trusted() == first.pair.certificate and api.asked.count("merge") == 0
+    second = authorities.current()
+    assert second.before == first.pair.certificate != second.pair.certificate
+    assert kept(api, clock).current() == second
+    assert authorities.trusted().count("BEGIN CERTIFICATE") == 2
+
+
+def test_who_was_faster_is_believed() -> None:
+    clock = VirtualClock(NOW)
+    other = OneSecret()
+    theirs = kept(other, clock).current()
+    api = OneSecret()
+    authorities = kept(api, clock)
+    assert authorities.trusted() == ""
+    api.faster = other.secret
+    assert authorities.current() == theirs
