@@ -3,6 +3,7 @@
 """
 
 import argparse
+import logging
 import os
 import re
 import socket
@@ -94,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
 
     configured = configuration(os.path.expanduser(args.kubeconfig))
     set_up_logging(level=args.log_level, style=args.log_format, file="")
+    if args.log_level == "info":
+        # Of each event of each pod it says that it was handled, and all of its settings.
+        logging.getLogger("kopf").setLevel(logging.WARNING)
     Controller(configured, release, me=f"{socket.gethostname()}-{os.getpid()}").run(threading.Event())
     return 0
 
