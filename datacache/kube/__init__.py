@@ -1,6 +1,8 @@
 """
-The operator: what a `Dataset` object says, which objects should exist for it, and how it is doing.
+The operator: what objects say, which others should exist for them, and how they are doing.
 
-`spec` reads an object, `manifests` says what should exist, `phase` what its status should say: plain values
-in, plain values out, no I/O. `controller` asks the API and does what they say.
+Nouns decide: plain values in, plain values out, no I/O. `spec` and `dataload` read an object, `beside` what
+it names, `manifests` says what should exist, `phase` and `dataload` what a status should say, `marks`, `turns`
+and `writers` one thing each. What ends in -ing acts: it asks the API and workers, and does what the nouns say.
+`controller` is the process, and `api`, `certificates` and it are doors.
 """

@@ -25,13 +25,13 @@ from datacache.errors import ClusterError, Conflicting
 from datacache.kube.api import Api
 from datacache.kube.asking import Asking, Connect, Trust
 from datacache.kube.authority import Authorities
+from datacache.kube.due import Due
 from datacache.kube.exchanging import Exchanger
 from datacache.kube.lease import DEADLINE, EVERY, Lease
 from datacache.kube.loading import Loader
 from datacache.kube.manifests import DATASET_ANNOTATION, UID_LABEL
 from datacache.kube.reconciling import Reconciler, claims_of
 from datacache.kube.release import GROUP, VERSION, Key, Name, Release
-from datacache.kube.waiting import Waiting
 from datacache.reading.job import LoadRequest
 
 _log = logging.getLogger(__name__)
@@ -89,14 +89,14 @@ class Controller:
         self._configured, self._release, self._me = configured, release, me
         self._connect = connect or RemoteWorker
         self._clock = clock or SystemClock()
-        self._waiting: Waiting[tuple[str, Key]] = Waiting(self._clock)
+        self._due: Due[tuple[str, Key]] = Due(self._clock)
         self._failures: dict[tuple[str, Key], int] = {}  # in a row; of each by the thread that looks at it
         self._uses = Uses()
         self._lost = False
         self._renewed = float("-inf")
 
     def __repr__(self) -> str:
-        return f"<Controller {self._me}: {self._waiting!r}>"
+        return f"<Controller {self._me}: {self._due!r}>"
 
     def run(self, stop: threading.Event) -> None:
         """Act until `stop` is set, once the Lease is ours. Raises ClusterError when it is lost."""
@@ -130,7 +130,7 @@ class Controller:
                 ).look,
             }  # fmt: skip
             if self._release.plugin:
-                self._waiting.add((PLUGIN, Key(self._release.namespace, self._release.plugin)))
+                self._due.add((PLUGIN, Key(self._release.namespace, self._release.plugin)))
             threads = [threading.Thread(target=self._renew, args=(lease, stop), name="lease")]
             threads += [
                 threading.Thread(target=self._look, args=(look,), name=f"look-{i}") for i in range(LOOKERS)
@@ -141,7 +141,7 @@ class Controller:
                 asyncio.run(self._watch(stop))
             finally:
                 stop.set()
-                self._waiting.close()
+                self._due.close()
                 for thread in threads:
                     thread.join()
                 if not self._lost:
@@ -176,7 +176,7 @@ class Controller:
                 _log.warning("the Lease cannot be renewed: %s", error)
             if self._lost or not self._holds():
                 self._lost = True
-                self._waiting.close()
+                self._due.close()
                 stop.set()
 
     def _holds(self) -> bool:
@@ -186,7 +186,7 @@ class Controller:
     # ---- looking ----------------------------------------------------------------------------------
 
     def _look(self, look: Mapping[str, Callable[[Key], float | None]]) -> None:
-        while (work := self._waiting.take()) is not None:
+        while (work := self._due.take()) is not None:
             kind, key = work
             if not self._holds():
                 return  # the renewal hangs; it will say that the Lease is lost
@@ -202,9 +202,9 @@ class Controller:
                 said = error if expected else repr(error)
                 _log.warning("%s %s/%s: %s; again in %.0f s", kind, *key, said, again, exc_info=not expected)
             finally:
-                self._waiting.done(work)
+                self._due.done(work)
             if again is not None:
-                self._waiting.add(work, after=again)
+                self._due.add(work, after=again)
 
     # ---- watching ---------------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ class Controller:
 
         @kopf.on.event(GROUP, VERSION, "dataloads", registry=registry)
         async def load(namespace: str | None, name: str | None, **_: Any) -> None:
-            self._waiting.add((LOAD, Key(namespace or "", name or "")))
+            self._due.add((LOAD, Key(namespace or "", name or "")))
 
         @kopf.on.event("v1", "persistentvolumeclaims", registry=registry, labels=marked)
         @kopf.on.event("apps", "v1", "daemonsets", registry=registry, labels=marked)
@@ -249,7 +249,7 @@ class Controller:
         @kopf.on.event("apps", "v1", "daemonsets", registry=registry)
         async def plugin(namespace: str | None, name: str | None, **_: Any) -> None:
             if (namespace, name) == (self._release.namespace, self._release.plugin):
-                self._waiting.add((PLUGIN, Key(namespace or "", name or "")))
+                self._due.add((PLUGIN, Key(namespace or "", name or "")))
 
         @kopf.on.event("v1", "pods", registry=registry)
         async def pod(event: Mapping[str, Any], annotations: Mapping[str, str], **_: Any) -> None:
@@ -260,7 +260,7 @@ class Controller:
         return registry
 
     def _dataset_changed(self, key: Key) -> None:
-        self._waiting.add((DATASET, key))
+        self._due.add((DATASET, key))
 
     def _look_at_owner(self, annotations: Mapping[str, str]) -> None:
         namespace, slash, name = annotations.get(DATASET_ANNOTATION, "").partition("/")

@@ -13,11 +13,11 @@ from typing import Any
 
 from datacache.clock import Clock
 from datacache.errors import ClusterError, ControlError, DatacacheError, SettingError
-from datacache.kube import loads
+from datacache.kube import dataload
 from datacache.kube.api import OURS, Api
 from datacache.kube.asking import Asking, Worker
 from datacache.kube.beside import read_key
-from datacache.kube.loads import Job, Loading, LoadSpec, Node
+from datacache.kube.dataload import Job, Loading, LoadSpec, Node
 from datacache.kube.manifests import node_label
 from datacache.kube.phase import rfc3339, seconds_since
 from datacache.kube.release import GROUP, Key, Name, Release
@@ -64,35 +64,35 @@ class Loader:
                 self._cancel(key, obj, before)
                 self._api.finalizers(obj, [each for each in finalizers if each != FINALIZER])
             return None
-        if before.get("phase") in loads.ENDED:
+        if before.get("phase") in dataload.ENDED:
             return self._expire(obj, before)
         if FINALIZER not in finalizers:
             obj = self._api.finalizers(obj, [*finalizers, FINALIZER])
         reason, message, loading = self._bring_on(key, obj, before)
-        after = loads.status(
+        after = dataload.status(
             before, generation=obj["metadata"]["generation"], loading=loading, reason=reason, message=message,
             now=rfc3339(self._clock.wall()), order=bool(obj["spec"].get("order")),
         )  # fmt: skip
         if after != before:
             gone: Object = dict.fromkeys(before.keys() - after.keys())
             self._api.merge(_name(key), {"status": gone | after}, part="status")
-        if (after.get("nodes") and not before.get("nodes")) or after["phase"] in loads.ENDED:
+        if (after.get("nodes") and not before.get("nodes")) or after["phase"] in dataload.ENDED:
             self._dataset_changed(Key(key.namespace, str(obj["spec"]["dataset"]["name"])))
-        if after["phase"] in loads.ENDED:
+        if after["phase"] in dataload.ENDED:
             self._post(obj, after)
             return self._expire(obj, after)
         return WAITS if reason else AGAIN
 
     def _bring_on(self, key: Key, obj: Object, before: Mapping[str, Any]) -> tuple[str, str, list[Loading]]:
         """What it waits for, as reason and message, and its nodes as they are now."""
-        known = loads.jobs_of(before)
+        known = dataload.jobs_of(before)
         try:
-            spec = loads.read_load(obj)
+            spec = dataload.read_load(obj)
         except SettingError as error:
             return "Invalid", str(error), []
         dataset = self._api.get(Name(OURS, "Dataset", key.namespace, spec.dataset))
         count = spec.jobs
-        as_before = {node: loads.remembered(before, node, targets=count) for node in sorted(known)}
+        as_before = {node: dataload.remembered(before, node, targets=count) for node in sorted(known)}
         waiting = list(as_before.values())
         if dataset is None:
             return "NoDataset", f"there is no Dataset {spec.dataset} in this namespace", waiting
@@ -100,7 +100,7 @@ class Loader:
             return "DatasetGoes", f"the Dataset {spec.dataset} is being deleted", waiting
         if not known:
             try:
-                chosen = loads.choose(spec, self._nodes(dataset), self._affinity(dataset))
+                chosen = dataload.choose(spec, self._nodes(dataset), self._affinity(dataset))
             except SettingError as error:
                 return "NoNodes", str(error), []
             # Written down before any job is started: it is decided once.
@@ -125,7 +125,7 @@ class Loader:
         data = read_key(
             config_map, name=order.config_map, key=order.key, field=order.field, namespace=key.namespace
         )
-        return loads.read_order(data, order)
+        return dataload.read_order(data, order)
 
     def _nodes(self, dataset: Object) -> list[Node]:
         label = node_label(dataset["metadata"]["uid"])
@@ -154,8 +154,8 @@ class Loader:
 
     def _cancel(self, key: Key, obj: Object, before: Mapping[str, Any]) -> None:
         """Have its jobs stop, where a worker answers: a job ends with its worker, too."""
-        known = loads.jobs_of(before)
-        if not known or before.get("phase") in loads.ENDED:
+        known = dataload.jobs_of(before)
+        if not known or before.get("phase") in dataload.ENDED:
             return
         name = Name(
             OURS, "Dataset", key.namespace, str(((obj.get("spec") or {}).get("dataset") or {}).get("name"))
@@ -171,7 +171,7 @@ class Loader:
     def _expire(self, obj: Object, status: Mapping[str, Any]) -> float | None:
         """Delete it when its time has come; seconds until then, None for never."""
         try:
-            ttl = loads.read_load(obj).ttl
+            ttl = dataload.read_load(obj).ttl
         except SettingError:
             return None
         if ttl is None:
@@ -185,7 +185,7 @@ class Loader:
 
     def _post(self, obj: Object, after: Mapping[str, Any]) -> None:
         (condition,) = after["conditions"]
-        kind = "Normal" if after["phase"] == loads.COMPLETE else "Warning"
+        kind = "Normal" if after["phase"] == dataload.COMPLETE else "Warning"
         try:
             self._api.post(
                 obj, kind, condition["reason"], condition["message"], now=rfc3339(self._clock.wall())
@@ -235,7 +235,7 @@ def _asked(worker: Worker, id: str) -> Job | None:
         return None
     try:
         numbers = {name: int(said[name]) for name in _NUMBERS}
-        failures = said["failures"][: loads.SHOWN_FAILURES]
+        failures = said["failures"][: dataload.SHOWN_FAILURES]
         return Job(
             id,
             str(said["state"]),

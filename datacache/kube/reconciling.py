@@ -10,7 +10,7 @@ already is not written again. The order of a deletion is what keeps data:
 3. that nothing holds it is written into the status, since nobody can ask workers that are gone;
 4. everything else goes, and the finalizer last.
 
-Threads may look at different Datasets at once; `waiting` keeps them from one.
+Threads may look at different Datasets at once; `due` keeps them from one.
 """
 
 import base64
@@ -39,8 +39,8 @@ from datacache.kube.beside import (
     twin_of,
 )
 from datacache.kube.certificates import Pair, is_good_pair, issue
+from datacache.kube.dataload import ENDED, Node, fits, jobs_of
 from datacache.kube.figures import read_figures
-from datacache.kube.loads import ENDED, Node, fits, jobs_of
 from datacache.kube.manifests import (
     CLAIM,
     IDENTITY,

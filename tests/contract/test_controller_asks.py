@@ -12,9 +12,9 @@ from datacache.errors import ControlError
 from datacache.kube.asking import Trust
 from datacache.kube.certificates import Authority, issue, make_authority
 from datacache.kube.controller import RemoteWorker
+from datacache.kube.dataload import read_load
 from datacache.kube.figures import read_figures
 from datacache.kube.loading import bring_on
-from datacache.kube.loads import read_load
 from datacache.model import Kind
 from datacache.worker import Worker
 from tests.contract.test_control import TOKEN, fill, settings_of, token_file

@@ -10,15 +10,15 @@ from datacache.cli.controller import read_release
 from datacache.cli.main import command_parser, main
 from datacache.clock import SystemClock, VirtualClock
 from datacache.errors import ControlError
+from datacache.kube.due import Due
 from datacache.kube.figures import read_figures
 from datacache.kube.phase import Figures
-from datacache.kube.waiting import Waiting
 from datacache.model import GiB
 
 # ---- waiting -------------------------------------------------------------------------------------
 
 
-def taken(waiting: Waiting[str]) -> list[str]:
+def taken(waiting: Due[str]) -> list[str]:
     found = []
     while (key := waiting.take(block=False)) is not None:
         found.append(key)
@@ -28,7 +28,7 @@ def taken(waiting: Waiting[str]) -> list[str]:
 
 def test_a_burst_is_one_look_and_the_earlier_time_counts() -> None:
     clock = VirtualClock()
-    waiting: Waiting[str] = Waiting(clock)
+    waiting: Due[str] = Due(clock)
     waiting.add("a", after=10)
     waiting.add("a", after=60)
     waiting.add("b", after=5)
@@ -43,7 +43,7 @@ def test_a_burst_is_one_look_and_the_earlier_time_counts() -> None:
 
 
 def test_what_comes_while_somebody_looks_is_looked_at_afterwards() -> None:
-    waiting: Waiting[str] = Waiting(VirtualClock())
+    waiting: Due[str] = Due(VirtualClock())
     waiting.add("a")
     assert waiting.take(block=False) == "a"
     waiting.add("a")
@@ -53,7 +53,7 @@ def test_what_comes_while_somebody_looks_is_looked_at_afterwards() -> None:
 
 
 def test_one_that_is_held_is_in_nobodys_way() -> None:
-    waiting: Waiting[str] = Waiting(VirtualClock())
+    waiting: Due[str] = Due(VirtualClock())
     waiting.add("a")
     waiting.take(block=False)
     waiting.add("a")
@@ -62,7 +62,7 @@ def test_one_that_is_held_is_in_nobodys_way() -> None:
 
 
 def test_who_waits_is_woken_by_a_key_and_by_the_end() -> None:
-    waiting: Waiting[str] = Waiting(SystemClock())
+    waiting: Due[str] = Due(SystemClock())
     found: list[str | None] = []
 
     def take() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datacache.errors import SettingError
-from datacache.kube.loads import (
+from datacache.kube.dataload import (
     Job,
     Loading,
     LoadSpec,

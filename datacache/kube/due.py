@@ -14,7 +14,7 @@ from datacache.clock import Clock
 Key = TypeVar("Key")
 
 
-class Waiting(Generic[Key]):
+class Due(Generic[Key]):
     """Thread-safe. State, guarded by the condition: `_due` says when each waiting key is, `_held` are being
     looked at; a key may be in both. A take goes through all of `_due`: some hundred Datasets at most."""
 
@@ -26,7 +26,7 @@ class Waiting(Generic[Key]):
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"<Waiting {len(self._due)} due, {len(self._held)} held>"
+        return f"<Due {len(self._due)} due, {len(self._held)} held>"
 
     def add(self, key: Key, *, after: float = 0.0) -> None:
         """Have `key` looked at in `after` seconds, or when it was due before, whichever is earlier."""
