@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def memory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Memory]:
         pytest.skip(f"no tmpfs can be mounted here: {error}")
     LinuxMemory().unmount(str(tmp_path / "probe"))
     yield LinuxMemory()
-    for point in limits.mount_points():
+    for point in reversed(limits.mount_points()):
         if point.startswith(f"{tmp_path}/"):
             LinuxMemory().unmount(point)
 
@@ -119,6 +121,48 @@ def test_a_part_of_a_tmpfs_is_none_of_its_own(memory: Memory, tmp_path: Path) ->
     (outer / "part").mkdir()
     assert limits.own_tmpfs(str(outer / "part")) is None
     assert limits.own_tmpfs(str(outer)) == MiB
+
+
+LOOKS = """
+import sys
+from datacache.cache.limits import is_tmpfs, own_tmpfs
+for _ in sys.stdin:
+    print(is_tmpfs(sys.argv[1]), own_tmpfs(sys.argv[1]), flush=True)
+"""
+
+
+def test_a_container_that_is_older_than_the_tmpfs_sees_it(memory: Memory, tmp_path: Path) -> None:
+    """A worker that was given the directory, in a name space of its own with mounts of its host coming in,
+    takes the bare directory for none, though it lies in memory, and sees the tmpfs when it comes, and when it
+    goes."""
+    if not isinstance(memory, LinuxMemory):
+        pytest.skip("only of the real one")
+    outer, inner = tmp_path / "shm", tmp_path / "inside"
+    inner.mkdir()
+    memory.mount(str(outer), MiB)
+    subprocess.run(["mount", "--make-shared", str(outer)], check=True)
+    (outer / "uid").mkdir()
+    script = 'mount --bind "$1" "$2" && exec "$3" -c "$4" "$2"'
+    container = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script, "sh", str(outer / "uid"),
+         str(inner), sys.executable, LOOKS],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with container:
+        assert container.stdin is not None and container.stdout is not None
+
+        def look() -> str:
+            container.stdin.write("\n")
+            container.stdin.flush()
+            return container.stdout.readline().strip()
+
+        assert look() == "True None"
+        memory.mount(str(outer / "uid"), 64 * KiB)
+        assert look() == f"True {64 * KiB}"
+        memory.unmount(str(outer / "uid"))
+        assert look() == "True None"
+        container.stdin.close()
+        assert container.wait(30) == 0
 
 
 TABLE = """\
