@@ -96,10 +96,14 @@ demo: setup ## mount a bucket, prewarm it, read two epochs of it, and see what i
 	@$(MAKE) -s --no-print-directory $(KEEP)/demo-data/.complete || echo "no Debian packages: the demo takes Python's own files"
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/datacache demo $$([ -e $(KEEP)/demo-data/.complete ] && echo --data $(KEEP)/demo-data) $(if $(S3),--s3 $(S3))
 
+# Tests are run by JOBS processes, a file at a time, in the order in which `tests/conftest.py` has them.
+JOBS ?= $(shell nproc)
+
 .PHONY: test
 test: setup s3-server lint ## every level of tests that this machine can run, at most 15 minutes
 	@rm -f .coverage .coverage.*
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/coverage run -m pytest -m 'not long and not cluster' $(ARGS)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/coverage run -m pytest -m 'not long and not cluster' \
+	  -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=90 | tail -n 40
 

@@ -3,9 +3,11 @@ Silence is asserted: a warning, an unannounced WARNING log, a thread, descriptor
 process left behind fails the test that left it.
 """
 
+import ctypes
 import gc
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +25,37 @@ if TYPE_CHECKING:
 # How long an example takes says how busy the machine is, not whether it is right.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+_CLONE_NEWNS = 0x20000
+_MS_PRIVATE_ALL = 1 << 18 | 0x4000
+_MNT_DETACH = 2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A process that runs tests beside others (pytest-xdist) has a mount table of its own, where it may:
+    what looks at all mounts there are, `datacache status` among them, finds its own only."""
+    if not hasattr(config, "workerinput"):
+        if hasattr(config.option, "numprocesses"):
+            from xdist.workermanage import NodeManager
+
+            NodeManager.EXIT_TIMEOUT = 60  # after a Ctrl-C: what tests have running and mounted ends first
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) or libc.mount(None, b"/", None, ctypes.c_ulong(_MS_PRIVATE_ALL), None):
+        return  # not root: then others' mounts are no business of ours either
+    # What others are testing now: a second reference to it would keep it mounted while we run.
+    for line in reversed(Path("/proc/self/mountinfo").read_bytes().splitlines()):
+        where = line.split()[4].replace(b"\\040", b" ")
+        is_a_disk_of_theirs = b" /dev/loop" in line and where.startswith(os.fsencode(tempfile.gettempdir()))
+        if b" - fuse.datacache " in line or is_a_disk_of_theirs:
+            libc.umount2(where, _MNT_DETACH)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Beside others, those first that take long, by files: the last that are handed out are short."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: "mounted" not in item.path.parts)
+
 
 # Threads of libraries that live as long as the process, by name prefix.
 _IMMORTAL_THREADS = ("pytest_timeout", "fsspecIO", "ThreadPoolExecutor-moto", "asyncio_", "Trio thread")

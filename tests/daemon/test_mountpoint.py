@@ -193,3 +193,11 @@ def test_a_mount_point_that_is_not_empty_is_announced(tmp_path: Path, logs: Anno
     (tmp_path / "file").touch()
     mountpoint.check_target(str(tmp_path), {})
     assert logs.messages()
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="nobody else tests beside us")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have mounts of its own")
+def test_who_tests_beside_others_has_mounts_of_its_own() -> None:
+    """What one test mounts another does not see, and the other way round (tests/conftest.py)."""
+    beside = os.readlink(f"/proc/{os.getppid()}/ns/mnt")
+    assert os.readlink("/proc/self/ns/mnt") != beside

@@ -10,6 +10,7 @@ import os
 import shutil
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -315,10 +316,11 @@ class DyingMachine(WritingMachine):
 
 SETTINGS = settings(
     derandomize="EXAMPLES" not in os.environ,  # the same in each CI; EXAMPLES=1000 looks further
-    max_examples=int(os.environ.get("EXAMPLES", "60")), stateful_step_count=30, deadline=None,
+    max_examples=int(os.environ.get("EXAMPLES", "25")), stateful_step_count=30, deadline=None,
     phases=(Phase.generate,),  # a counterexample takes minutes to shrink, and seconds to understand
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip
+FURTHER = settings(SETTINGS, derandomize=False, max_examples=500)
 
 
 def test_deaths_leave_before_or_after() -> None:
@@ -339,3 +341,11 @@ def test_directories_are_kept_where_the_store_has_none() -> None:
 
 TestWriting = WritingMachine.TestCase
 TestWriting.settings = SETTINGS
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("machine", [WritingMachine, DyingMachine, UnmarkedMachine])
+def test_the_same_further(machine: type[WritingMachine]) -> None:
+    """Others each time, and as many as it takes to have been everywhere."""
+    run_state_machine_as_test(machine, settings=FURTHER)

@@ -131,12 +131,17 @@ def _terminate(process: "subprocess.Popen[str]") -> None:
     process.terminate()
 
 
+PHASES = ("versitygw at", "$ datacache mount", "$ datacache evict", "$ datacache load", "$ datacache status")
+# Each takes a demo to get there: by turns in `make test`, the other half in `make test-long`.
+INTERRUPTED = [
+    pytest.param(phase, end, marks=[] if (number + turn) % 2 else [pytest.mark.long])
+    for number, phase in enumerate(PHASES)
+    for turn, end in enumerate((_interrupt, _terminate))
+]
+
+
 @needs_versitygw
-@pytest.mark.parametrize("end", [_interrupt, _terminate])
-@pytest.mark.parametrize(
-    "phase",
-    ["versitygw at", "$ datacache mount", "$ datacache evict", "$ datacache load", "$ datacache status"],
-)
+@pytest.mark.parametrize(("phase", "end"), INTERRUPTED)
 def test_a_demo_that_is_interrupted_leaves_nothing(
     demo: Demo, phase: str, end: Callable[["subprocess.Popen[str]"], None]
 ) -> None:
