@@ -75,6 +75,7 @@ def test_helm_finds_nothing_to_say(own: ControlPlane) -> None:
         (["--set=image.repsitory=x"], "at '/image': additional properties 'repsitory' not allowed"),
         (["--set=tiers.roots={relative}"], "at '/tiers/roots/0': 'relative' does not match pattern"),
         (["--set=image.pullPolicy=Sometimes"], "at '/image/pullPolicy': value must be one of 'Always'"),
+        (["--set=csi.takeoverTimeout=soon"], "at '/csi/takeoverTimeout': 'soon' does not match pattern"),
         (["--set=controller.replicas=two"], "at '/controller/replicas': got string, want integer"),
         (
             ["--set=webIdentity.audiences={a b}"],
