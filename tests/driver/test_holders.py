@@ -146,7 +146,7 @@ def test_the_end_of_a_worker_has_all_sent_again_and_then_eio(
     reads."""
     logs.expect("has ended; its volume waits")
     logs.expect("answered EIO until one does")
-    with holding(tmp_path, patience=0.2) as holders:
+    with holding(tmp_path, patience=1.5) as holders:
         peer = worker()
         peer.says(Message("hello"))
         assert peer.hears() == ("nothing", -1)
@@ -160,7 +160,7 @@ def test_the_end_of_a_worker_has_all_sent_again_and_then_eio(
         os.close(descriptor)
         peer.close()
         assert kernel.heard() == protocol.Resend()
-        assert kernel.heard() == protocol.Resend()  # 0.2 s later, as it begins to refuse
+        assert kernel.heard() == protocol.Resend()  # after the patience, as it begins to refuse
         for unique in (2, 4):
             kernel.ask(unique)
             assert kernel.heard() == 5  # EIO
