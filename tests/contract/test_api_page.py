@@ -116,7 +116,7 @@ def test_answers_have_the_keys_of_the_page(worker: Worker) -> None:
 
 def test_the_page_of_operations_has_each_figure_of_the_status(worker: Worker) -> None:
     """docs/operations.md names every key that `datacache status --json` prints of a worker, and no other."""
-    (table,) = re.findall(r"says\n.*?\n\|---\|---\|\n(.*?)\n\n", OPERATIONS, re.DOTALL)
+    (table,) = re.findall(r"--json` says\n.*?\n\|---\|---\|\n(.*?)\n\n", OPERATIONS, re.DOTALL)
     rows = [
         re.findall(r"`([a-z_]+)(?:\[\])?`", cell)
         for line in table.splitlines()
