@@ -148,9 +148,7 @@ def chosen_io(settings: Settings) -> IO:
 def keep_served(settings: Settings, *, mounted: Callable[[], None], inherited: int | None = None) -> None:
     """Be the broker of a mount, until it is gone; of the connection `inherited`, where there is one."""
     io, dataset = chosen_io(settings), settings.dataset
-    if settings.mount.processes != 1 and (io is not IO.PAGECACHE or not settings.index.snapshot):
-        expected = "1, or a snapshot with --io pagecache: only then can several answer"
-        raise SettingError("processes", settings.mount.processes, expected)
+    broker.check_processes(settings, stateless=io is IO.PAGECACHE)
     control = registry.socket_path(
         settings.runtime, dataset=dataset.name, mount=settings.mount.directory, pid=os.getpid()
     )

@@ -33,7 +33,7 @@ from typing import Any
 
 from datacache.cluster import registry
 from datacache.config.parsing import dump_settings, load_settings
-from datacache.config.settings import Settings
+from datacache.config.settings import Consistency, Settings
 from datacache.errors import DatacacheError, MountError, SettingError
 from fuse import connection, mountpoint
 from fuse.connection import Agreement, Refusal
@@ -322,7 +322,7 @@ class Broker:
             self._served = True
             self._mounted()
         elif self._asking is not None and self._asking.replaces != daemon.life:
-            self._settings, self._deaths = load_settings(self._text), 0
+            self._settings, self._deaths = load_settings(self._text, newer=True), 0
             log.info("upgraded: process %d serves", daemon.process.pid)
             self._tell(ok=True, pid=daemon.process.pid)
         else:
@@ -438,13 +438,16 @@ class Broker:
                 raise MountError("another upgrade is under way")
             request = json.loads(asked)
             text = request.get("settings") or self._text
-            _check_upgrade(self._settings, load_settings(text))
+            stateless = self._handover.agreement.stateless
+            _check_upgrade(self._settings, load_settings(text, newer=True), stateless=stateless)
             python = request.get("python") or sys.executable
             if not os.access(python, os.X_OK):
                 raise MountError(f"{python} is no program")
-        except (DatacacheError, OSError, ValueError, AttributeError) as error:
+        except Exception as error:  # noqa: BLE001  whatever somebody says, the mount goes on
+            known = isinstance(error, DatacacheError | OSError)
+            why = str(error) if known else f"it does not understand what is asked ({error!r})"
             with contextlib.suppress(OSError), peer:
-                peer.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
+                peer.sendall(json.dumps({"error": why}).encode() + b"\n")
             return
         self._asking = _Upgrade(peer, text, python, self._daemon.life if self._daemon is not None else -1)
         self._take_up()
@@ -462,8 +465,10 @@ class Broker:
             peer.sendall(json.dumps(answer).encode() + b"\n")
 
 
-def _check_upgrade(now: Settings, then: Settings) -> None:
-    """Raise MountError unless a mount of `now` can go on as one of `then`."""
+def _check_upgrade(now: Settings, then: Settings, *, stateless: bool = False) -> None:
+    """Raise MountError unless a mount of `now` can go on as one of `then`. `stateless`: its handles mean
+    nothing, since it is `--io pagecache`."""
+    check_processes(then, stateless=stateless)
     changed = [name for name in FIXED if getattr(now.mount, name) != getattr(then.mount, name)]
     changed += [
         name for name, one, other in (
@@ -474,12 +479,26 @@ def _check_upgrade(now: Settings, then: Settings) -> None:
             ("landing", now.writing.landing, then.writing.landing),
             ("state", now.state, then.state),
             ("runtime", now.runtime, then.runtime),
+            # The kernel asks such a mount nothing any more about what it was told to believe for ever.
+            ("consistency", stateless and _is_pinned(now) and not _is_pinned(then), False),
         ) if one != other
     ]  # fmt: skip
     if changed:
         raise MountError(
             f"{now.mount.directory}: an upgrade cannot change {', '.join(changed)}; unmount, and mount anew"
         )
+
+
+def check_processes(settings: Settings, *, stateless: bool) -> None:
+    """Raise SettingError for more processes than may answer a mount."""
+    if settings.mount.processes != 1 and not (stateless and settings.index.snapshot):
+        expected = "1, or a snapshot with --io pagecache: only then can several answer"
+        raise SettingError("processes", settings.mount.processes, expected)
+
+
+def _is_pinned(settings: Settings) -> bool:
+    index = settings.index
+    return bool(index.snapshot) or index.consistency is Consistency.IMMUTABLE or index.ttl == float("inf")
 
 
 def _shown(settings: Settings) -> object:

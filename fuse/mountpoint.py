@@ -247,8 +247,25 @@ def unmount(directory: str, *, lazy: bool = False, force: bool = False) -> None:
         holders = _holders(mount.directory)
         by = f" by {', '.join(holders)}" if holders else ""
         raise MountError(f"{directory} is in use{by}; end that first, or unmount with --lazy")
-    if problem:
+    now = is_mounted(directory)
+    if problem and now is not None and now.device == mount.device:  # else its daemon was faster
         raise MountError(f"cannot unmount {directory}: {problem}")
+
+
+def elsewhere(device: str) -> str:
+    """A process that still has this mount of ours in another mount name space, as `NAME (process N)`; empty
+    where none is found."""
+    deadline = time.monotonic() + _HOLDERS_TIMEOUT
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if time.monotonic() > deadline:
+            break
+        with contextlib.suppress(OSError):  # it ended, or is not ours to look into
+            with open(f"/proc/{pid}/mountinfo", "rb") as table:
+                there = any(line.split()[2] == device.encode() for line in table)
+            if there:
+                with open(f"/proc/{pid}/comm", "rb") as name:
+                    return f"{os.fsdecode(name.read()).strip()} (process {pid})"
+    return ""
 
 
 def take_off(directory: str, device: str) -> None:

@@ -17,7 +17,10 @@ IGNORED = frozenset([
     "ro", "rw", "async", "atime", "noatime", "relatime", "strictatime", "lazytime", "nodiratime",
     "dev", "nodev", "suid", "nosuid", "exec", "noexec",
 ])  # fmt: skip
-"""Options of mount(8) that change nothing here: the mount is read-only, nosuid and nodev whatever is said."""
+"""Options of mount(8) that change nothing here: the mount is nosuid and nodev whatever is said. `rw` is among
+them because mount(8) says it where nobody does."""
+WRITABLE = "writable"
+"""The option for `--rw`."""
 
 WRONG_REQUEST, FAILED = 1, 32
 """Exit codes of mount(8): "incorrect invocation or permissions" and "mount failure"."""
@@ -64,7 +67,9 @@ def _flags(options: str) -> list[str]:
     flags = []
     for option in _split(options):
         name, equals, value = option.partition("=")
-        flag = f"--{name.replace('_', '-')}"
+        flag = "--rw" if name == WRITABLE else f"--{name.replace('_', '-')}"
+        if name in ("ro", "rw") and equals:
+            raise UsageError(f"{name}: takes no value; what is to be written to has the option `{WRITABLE}`")
         if name in IGNORED or name.startswith(("x-", "comment")) or not name:
             continue
         if flag not in known:

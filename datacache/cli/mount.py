@@ -243,7 +243,7 @@ class Daemon:
             mountpoint.clean_stale(self._directory)
 
     def accompany(self) -> int:
-        """Stay with the daemon until it ends, hand it SIGINT and SIGTERM; the exit code."""
+        """Stay with the daemon until it ends, hand it what would end us; the exit code."""
         from fuse import mountpoint
 
         process = self._process
@@ -252,7 +252,7 @@ class Daemon:
         def forward(number: int, frame: FrameType | None) -> None:
             process.send_signal(signal.SIGTERM)
 
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, forward) for number in _ending()}
         try:
             code = process.wait()
         finally:
@@ -484,9 +484,9 @@ def _interrupted_once() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for ending in before:
             signal.signal(ending, signal.SIG_IGN)
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.getsignal(n) for n in _ending()}
     for number in before:
         signal.signal(number, stop)
     try:
@@ -501,12 +501,18 @@ def _deaf() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in _ending()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ending() -> tuple[signal.Signals, ...]:
+    """The signals that end us: of a terminal that is closed, too, but not under nohup(1)."""
+    hung_up = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else ()
+    return (signal.SIGINT, signal.SIGTERM, *hung_up)
 
 
 def _say(line: str) -> None:

@@ -92,7 +92,8 @@ def relative_to(mount: str, path: str) -> str | None:
 
 
 def _inside(target: str, workers: list["Registration"]) -> Place | None:
-    """The deepest mount that `target` lies in, as it is spelled or else where its links lead."""
+    """The deepest mount that `target` lies in, as it is spelled or else where its links lead; of several on
+    one directory the one that was mounted last: who looks there sees that one."""
     from fuse import mountpoint
 
     for resolve in (os.path.abspath, mountpoint.real):
@@ -103,5 +104,5 @@ def _inside(target: str, workers: list["Registration"]) -> Place | None:
             if (inside := relative_to(worker.mount, path)) is not None
         ]
         if found:
-            return max(found, key=lambda place: len(place.worker.mount))
+            return max(found, key=lambda place: (len(place.worker.mount), place.worker.started))
     return None

@@ -9,6 +9,7 @@ import argparse
 import os
 import select
 import signal
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ END_TIMEOUT = 30.0
 """Seconds in which a daemon without a mount must have ended: it abandons its fetches and closes its cache."""
 FORCE_TIMEOUT = 3.0
 """The same with --force, before it is killed. Its cache survives that."""
+
+SAID_AFTER = 2.0
+"""Seconds after which it is said what is waited for."""
 
 ASK_TIMEOUT = 10.0
 """Seconds for a worker to say what is not in the bucket yet."""
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{directory}: detached; its daemon ends when the last open file is closed{left}")
             return 0
         if worker is not None:
-            _wait_for(daemon, worker.pid, force=args.force)
+            _wait_for(daemon, worker, directory, info.device if info is not None else "", force=args.force)
     finally:
         if daemon >= 0:
             os.close(daemon)
@@ -159,7 +163,7 @@ def _worker(target: str, mounted: str) -> "Registration | None":
     """The live worker whose mount, or data set, `target` names."""
     from datacache.cli import targets
 
-    for worker in targets.live():
+    for worker in reversed(targets.live()):  # what was mounted last hides what is below it
         if worker.mount and (
             worker.mount in (mounted, os.path.abspath(target)) or (not mounted and worker.dataset == target)
         ):
@@ -175,10 +179,25 @@ def _process(pid: int) -> int:
         return -1
 
 
-def _wait_for(process: int, pid: int, *, force: bool) -> None:
+def _wait_for(process: int, worker: "Registration", directory: str, device: str, *, force: bool) -> None:
     """Return when the process has ended. Raises MountError when it does not in time."""
-    if process < 0 or _ended(process, FORCE_TIMEOUT if force else END_TIMEOUT):
+    from fuse import mountpoint
+
+    pid = worker.pid
+    if process < 0 or _ended(process, min(SAID_AFTER, FORCE_TIMEOUT if force else END_TIMEOUT)):
         return
+    holder = mountpoint.elsewhere(device) if device else ""
+    has = f"{holder} still has it in another mount name space"
+    if not force:
+        why = f": {has}" if holder else ""
+        print(f"{directory}: unmounted; waiting for its daemon (process {pid}) to end{why}", file=sys.stderr)
+    if _ended(process, max(0.0, (FORCE_TIMEOUT if force else END_TIMEOUT) - SAID_AFTER)):
+        return
+    if not force and holder and (holder := mountpoint.elsewhere(device)):
+        raise MountError(
+            f"unmounted here, but {has}: the daemon (process {pid}) serves it until that ends; "
+            "--force takes it away"
+        )
     if force:
         with suppress(ProcessLookupError):
             if os.getpgid(pid) == pid:  # a broker and its daemon, which may be what hangs

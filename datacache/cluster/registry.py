@@ -121,12 +121,17 @@ def live(runtime: str) -> list[Registration]:
 
 
 def find(runtime: str, target: str, *, real: Callable[[str], str] = os.path.abspath) -> Registration | None:
-    """The worker with this mount directory, data set, URI or cache directory; the oldest of several.
-    `real` follows links, where that is wanted: on the way there may be a mount that hangs."""
+    """The worker with this mount directory, data set, URI or cache directory; the oldest of several, but of
+    several mounts on one directory the last, which hides the others. `real` follows links, where that is
+    wanted: on the way there may be a mount that hangs."""
     uri, directory = target.rstrip("/"), real(target)
     absolute = os.path.abspath(target)
-    for known in live(runtime):
-        if known.dataset == target or (known.mount and known.mount in (absolute, directory)):
+    workers = live(runtime)
+    for known in reversed(workers):
+        if known.mount and known.mount in (absolute, directory):
+            return known
+    for known in workers:
+        if known.dataset == target:
             return known
         if uri in (other.rstrip("/") for other in known.uris):
             return known

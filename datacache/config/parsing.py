@@ -624,9 +624,10 @@ def dump_settings(settings: Settings) -> str:
     return json.dumps(_plain(settings))
 
 
-def load_settings(text: str) -> Settings:
-    """The settings that `dump_settings` wrote; equal to what it was given."""
-    loaded: Settings = _built(Settings, json.loads(text))
+def load_settings(text: str, *, newer: bool = False) -> Settings:
+    """The settings that `dump_settings` wrote; equal to what it was given. `newer`: of a release that may
+    have more of them than this one knows, which are left out."""
+    loaded: Settings = _built(Settings, json.loads(text), newer=newer)
     return loaded
 
 
@@ -642,15 +643,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _built(kind: Any, value: Any) -> Any:
+def _built(kind: Any, value: Any, *, newer: bool) -> Any:
     """`value` as the type `kind` of a field of the settings."""
     if is_dataclass(kind):
         hints = get_type_hints(kind)
-        return kind(**{name: _built(hints[name], part) for name, part in value.items()})  # type: ignore[operator]
+        parts = {
+            name: _built(hints[name], part, newer=newer)
+            for name, part in value.items() if name in hints or not newer
+        }  # fmt: skip
+        return kind(**parts)  # type: ignore[operator]
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return kind(value)
     if get_origin(kind) is tuple:
-        return tuple(_built(get_args(kind)[0], item) for item in value)
+        return tuple(_built(get_args(kind)[0], item, newer=newer) for item in value)
     if get_origin(kind) in (Union, types.UnionType) and value is not None:
-        return _built(next(part for part in get_args(kind) if part is not type(None)), value)
+        kind = next(part for part in get_args(kind) if part is not type(None))
+        return _built(kind, value, newer=newer)
     return float(value) if kind is float else value

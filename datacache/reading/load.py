@@ -39,7 +39,7 @@ from datacache.errors import (
 )
 from datacache.index import names, walking
 from datacache.index.index import Index
-from datacache.model import Entry, Kind
+from datacache.model import Entry, Kind, format_size
 from datacache.reading.job import LoadRequest, LoadStatus
 from datacache.reading.plan import SMALL
 from datacache.reading.reader import Reader
@@ -220,7 +220,9 @@ class _Job:
         self._away_since: float | None = None  # when the store was first found not to answer
         self._away = ""  # what it failed with
         self._known = False  # something has been listed
-        self._evicted = self._evictions()
+        tiers = store.stats()
+        self._evicted = sum(each.evicted for each in tiers)
+        self._room = sum(each.quota for each in tiers)
 
     def __repr__(self) -> str:
         return f"<_Job {self._id} {self._state}, {self._files_done} of {self._files} files>"
@@ -361,7 +363,7 @@ class _Job:
                 self._patiently(lambda entry=entry, waiting=waiting: self._load_current(entry, waiting))  # type: ignore[misc]
             except DatacacheError as error:
                 self._check()  # a reader that is closing fails what is under way: that is a cancel
-                if isinstance(error, TierFull | TierBroken):
+                if isinstance(error, TierFull | TierBroken) and entry.size <= self._room:
                     self._was_full = True
                 self._fail(self._name(entry), error)
 
@@ -442,6 +444,10 @@ class _Job:
             self._count(length, fetched=length if ours else 0)
 
         if before < entry.size:
+            if entry.size > self._room:
+                # On its way it would have all others evicted.
+                room = f"the cache may hold {format_size(self._room)}"
+                raise TierFull(f"{room}, and this file alone has {format_size(entry.size)}")
             if self._was_full:
                 self._refuse_without_room()
             try:

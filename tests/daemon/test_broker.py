@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from datacache.config.settings import IO, MountSettings, Settings, WritingSettings
+from datacache.config.settings import IO, Consistency, IndexSettings, MountSettings, Settings, WritingSettings
 from datacache.errors import MountError, SettingError
 from datacache.model import Dataset, MountPoint
 from fuse import broker, mountpoint
@@ -69,6 +69,24 @@ def test_what_does_not_change_the_mount_may_be_upgraded(settings: Settings) -> N
         changed = replace(settings.mount, **{name: not getattr(settings.mount, name)})
         with pytest.raises(MountError, match=f"cannot change {name}; unmount"):
             broker._check_upgrade(settings, replace(settings, mount=changed))
+
+
+def test_what_the_kernel_was_told_for_ever_cannot_be_taken_back(settings: Settings) -> None:
+    """A mount without handles that believes for ever asks nothing any more: it would never see a change. Nor
+    may several processes answer where only one can, which `mount` refuses, too."""
+    for then in (IndexSettings(), IndexSettings(ttl=5.0)):
+        for now in (IndexSettings(consistency=Consistency.IMMUTABLE), IndexSettings(ttl=float("inf"))):
+            was, wanted = replace(settings, index=now), replace(settings, index=then)
+            with pytest.raises(MountError, match="cannot change consistency; unmount"):
+                broker._check_upgrade(was, wanted, stateless=True)
+            broker._check_upgrade(was, wanted)
+            broker._check_upgrade(wanted, was, stateless=True)
+    several = replace(settings, mount=replace(settings.mount, processes=2))
+    for stateless in (False, True):
+        with pytest.raises(SettingError, match="processes: 2 will not do"):
+            broker._check_upgrade(settings, several, stateless=stateless)
+    pinned = replace(several, index=IndexSettings(snapshot="v1"))
+    broker._check_upgrade(pinned, pinned, stateless=True)
 
 
 def test_a_first_daemon_that_fails_says_it_through_the_broker() -> None:

@@ -289,6 +289,16 @@ def test_fstab_options_are_flags() -> None:
     assert words == ["mount", "s3://b/x", "/mnt/x", "--allow-other", "--ttl=5m", "--cache=ssd:/x=1GiB"]
 
 
+def test_fstab_can_say_that_it_is_written_to() -> None:
+    """`rw` comes from mount(8) where nobody says it: it means nothing, and with a value it is a mistake."""
+    assert fstab.translate(["s3://b", "/mnt", "-o", "rw"]) == ["mount", "s3://b", "/mnt"]
+    assert fstab.translate(["s3://b", "/mnt", "-o", "rw,writable"]) == ["mount", "s3://b", "/mnt", "--rw"]
+    with pytest.raises(
+        UsageError, match="rw: takes no value; what is to be written to has the option `writable`"
+    ):
+        fstab.translate(["s3://b", "/mnt", "-o", "rw=true"])
+
+
 def test_fstab_quoted_values_may_hold_commas() -> None:
     """mount(8) writes name="a,b" for a value with a comma."""
     words = fstab.translate(["s3://b", "/mnt", "-o", 'cache="ssd:/x=1GiB,high=0.9",strict'])

@@ -271,6 +271,22 @@ def test_room_that_comes_back_is_used() -> None:
     assert (status.files_done, status.files_failed) == (4, 2)
 
 
+def test_a_file_that_is_larger_than_the_cache_costs_no_other_its_place(tmp_path: Path) -> None:
+    """It is not asked for, and nothing is evicted for it."""
+    clock = VirtualClock()
+    rules = Rules("ssd:x", 40_960, 4096, reserve=0.0, dataset="mine", policy=Policy.LRU)
+    owner = Owner(os.getpid(), "", "")
+    cache = TieredCache([DirectoryTier(str(tmp_path), rules, owner=owner, clock=clock, keeper=False)])
+    with site({**{f"{n:02}": bytes(4096) for n in range(8)}, "04-large": bytes(40_961)}, cache) as at:
+        status = at.run(concurrency=1)
+        assert (status.files_done, status.files_failed, len(at.whole)) == (8, 1, 8)
+        assert status.bytes_fetched == 8 * 4096
+    assert status.failures == (
+        ("/04-large", "the cache may hold 40.0 KiB, and this file alone has 40.0 KiB"),
+    )
+    cache.close()
+
+
 def test_what_was_evicted_again_is_not_called_cached(tmp_path: Path) -> None:
     """A tier that evicts by last open takes the last files in place of the first: the job says so."""
     clock = VirtualClock()

@@ -1,6 +1,7 @@
 """Settings from flags, environment and file: what is right becomes settings, what is wrong one line."""
 
 import enum
+import json
 import math
 import os
 import types
@@ -604,3 +605,13 @@ def test_spelled_sizes_are_read_back(count: int) -> None:
 def test_spelled_durations_are_read_back(seconds: float) -> None:
     """The text of a duration is the duration."""
     assert parse_duration(spell_duration(seconds), name="") == seconds
+
+
+def test_settings_of_a_newer_release() -> None:
+    """A broker looks at those that it knows; a daemon takes none that it does not."""
+    settings = read({"ttl": "inf"})
+    tree = json.loads(dump_settings(settings))
+    tree["brand_new"] = tree["mount"]["brand_new"] = 5
+    assert load_settings(json.dumps(tree), newer=True) == settings
+    with pytest.raises(KeyError):
+        load_settings(json.dumps(tree))

@@ -304,6 +304,48 @@ def test_umount_by_force_ends_a_daemon_that_hangs(shell: Shell) -> None:
     assert mountpoint.is_mounted(str(shell.mnt)) is None
 
 
+def test_umount_by_force_of_a_mount_in_use(shell: Shell) -> None:
+    """Its daemon may be faster than we to take off what was aborted: that is no failure."""
+    for _ in range(3):
+        shell.do("mount", shell.data, str(shell.mnt), *shell.tier)
+        with open(shell.mnt / "a.txt", "rb"):
+            shell.do("umount", str(shell.mnt), "--force")
+        assert mountpoint.is_mounted(str(shell.mnt)) is None
+
+
+def test_a_directory_names_what_is_mounted_there_now(shell: Shell) -> None:
+    """Not what was detached from it, and is still read."""
+    shell.do("mount", shell.data, str(shell.mnt), "--name", "old", *shell.tier)
+    with open(shell.mnt / "a.txt", "rb"):
+        shell.do("umount", str(shell.mnt), "--lazy")
+        tier = ("--cache", f"ssd:{shell.mnt.parent}/other=1GiB")
+        shell.do("mount", shell.data, str(shell.mnt), "--name", "new", *tier)
+        said = json.loads(shell.do("status", str(shell.mnt), "--json"))
+        assert said["dataset"] == "new", said
+        shell.do("umount", str(shell.mnt))
+        assert mountpoint.is_mounted(str(shell.mnt)) is None
+
+
+def test_a_mount_that_another_name_space_has(shell: Shell) -> None:
+    """A container that has begun meanwhile, say: who it is is said, and that the daemon goes on for it."""
+    shell.do("mount", shell.data, str(shell.mnt), *shell.tier)
+    pid = shell.pid()
+    words = ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo; read end"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        child = shell.start("umount", str(shell.mnt))
+        assert child.stderr is not None
+        line = child.stderr.readline()
+        assert (
+            f"waiting for its daemon (process {pid}) to end: sh (process {holder.pid}) still has it" in line
+        )
+        holder.communicate(b"\n")
+        out, err = child.communicate(timeout=PATIENCE)
+        assert (child.returncode, out) == (0, f"{shell.mnt}: unmounted\n"), err
+    assert _ended(pid)
+
+
 def _notified(listening: socket.socket) -> bytes:
     listening.settimeout(PATIENCE)
     return listening.recv(100)
