@@ -93,7 +93,10 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _nearest(self, word: str) -> str:
-        near = get_close_matches(word, [s for a in self._actions for s in a.option_strings], n=1)
+        flags = [s for a in self._actions for s in a.option_strings]
+        if word in ("--ro", "--read-only", "--readonly") and "--rw" in flags:
+            return "; it is read-only without --rw"
+        near = get_close_matches(word, flags, n=1)
         return f"; did you mean {near[0]}?" if near and word.startswith("--") else ""
 
 

@@ -123,7 +123,8 @@ class ControlClient(_Client):
         gone = isinstance(error, FileNotFoundError | ConnectionRefusedError)
         if gone and os.path.exists(registry.broker_socket(self._path)):
             return (
-                "its daemon has ended, and the next one begins: ask again, or read in its log why it does not"
+                "its daemon has ended, and the next one begins: ask again; where none does any more, its log "
+                "says why, and `datacache upgrade` begins one"
             )
         return super()._why(error)
 

@@ -137,8 +137,9 @@ class LiveIndex:
         self._said_full = False
         # Names whose state we know better than a listing that began before the turn.
         self._ours: dict[int, dict[bytes, int]] = {}
-        # Keys that are not shown, whatever the store says, by directory.
-        self._held: dict[int, set[bytes]] = {}
+        # Keys that are not shown, whatever the store says, by mount and key of the directory: it may be
+        # removed, and made anew under another number.
+        self._held: dict[tuple[int, str], set[str]] = {}
 
     def __repr__(self) -> str:
         return f"<LiveIndex {self._database.path} {self._listings} listings, {len(self._flights)} under way>"
@@ -286,19 +287,20 @@ class LiveIndex:
         if self._on_replaced is not None:
             self._on_replaced(entries)
 
-    def hold(self, parent: int, key: bytes) -> None:
-        """Show an object of directory `parent` no more, whatever listings say, until `let_go`."""
+    def hold(self, mount: int, key: str) -> None:
+        """Show an object no more, whatever listings say, until `let_go`."""
         with self._lock:
-            self._held.setdefault(parent, set()).add(key)
+            self._held.setdefault((mount, names.directory(key)), set()).add(key)
 
-    def let_go(self, parent: int, key: bytes) -> None:
+    def let_go(self, mount: int, key: str) -> None:
         """Undo `hold`."""
+        at = mount, names.directory(key)
         with self._lock:
-            held = self._held.get(parent)
+            held = self._held.get(at)
             if held is not None:
                 held.discard(key)
                 if not held:
-                    del self._held[parent]
+                    del self._held[at]
 
     def _better_known(self, parent: int, began: _Moment) -> list[bytes]:
         """Names of `ours` that are newer than a listing that began then; the others are forgotten."""
@@ -454,7 +456,7 @@ class LiveIndex:
                     began.wall,
                     replaced=self._on_replaced is not None,
                     ours=self._better_known(parent.ino, began),
-                    held=tuple(self._held.get(parent.ino, ())),
+                    held=[names.to_bytes(key) for key in self._held_in(parent)],
                 )
                 if merged is not None:
                     self._listed(parent, began, merged)
@@ -462,6 +464,10 @@ class LiveIndex:
             raise NoSuchPath(f"directory {parent.key!r} of {source.uri} was removed while it was listed")
         if self._on_replaced is not None and merged.replaced:
             self._on_replaced(merged.replaced)
+
+    def _held_in(self, parent: Entry) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(self._held.get((parent.mount, parent.key), ()))
 
     def _listed(self, parent: Entry, began: _Moment, merged: Merged) -> None:
         with self._lock:

@@ -61,6 +61,12 @@ def original(name: bytes) -> str | None:
     return "" if name == _EMPTY else to_text(_ESCAPE.sub(lambda m: _PLAIN[m[1]], name))
 
 
+def directory(key: str) -> str:
+    """The key of the directory that `key` is shown in; empty for what lies at the top."""
+    above, slash, _ = key.removesuffix("/").rpartition("/")
+    return above + slash
+
+
 def _escaped(raw: bytes) -> bytes:
     if b"/" in raw:
         raise ValueError(f"{raw!r} is more than one segment of a key")

@@ -79,8 +79,8 @@ class Ledger:
         self.nodes: dict[int, Node] = {}
         self.names: dict[int, dict[bytes, int]] = {}
         """By directory."""
-        self.hidden: dict[int, set[str]] = {}
-        """Keys, by directory."""
+        self.hidden: dict[tuple[int, str], set[str]] = {}
+        """Keys, by mount and key of the directory: it may be removed, and made anew under another number."""
         self.hidden_at: dict[tuple[int, str], tuple[int, bytes]] = {}
         """Directory and name, by mount and key."""
         self.ops: dict[int, Op] = {}
@@ -294,17 +294,17 @@ class Ledger:
                 del self.deletes[op.ino]
 
     def set_hidden(self, hidden: Hidden) -> None:
-        self._index.hold(hidden.parent, names.to_bytes(hidden.key))
-        self.hidden.setdefault(hidden.parent, set()).add(hidden.key)
+        self._index.hold(hidden.mount, hidden.key)
+        self.hidden.setdefault((hidden.mount, names.directory(hidden.key)), set()).add(hidden.key)
         self.hidden_at[hidden.mount, hidden.key] = (hidden.parent, hidden.name)
 
     def unset_hidden(self, mount: int, key: str) -> None:
-        at = self.hidden_at.pop((mount, key), None)
-        if at is not None:
-            self._index.let_go(at[0], names.to_bytes(key))
-            self.hidden[at[0]].discard(key)
-            if not self.hidden[at[0]]:
-                del self.hidden[at[0]]
+        if self.hidden_at.pop((mount, key), None) is not None:
+            self._index.let_go(mount, key)
+            at = mount, names.directory(key)
+            self.hidden[at].discard(key)
+            if not self.hidden[at]:
+                del self.hidden[at]
 
     def set_kept(self, mount: int, key: str, kept: Kept | None) -> None:
         self._any_kept = self._any_kept or kept is not None

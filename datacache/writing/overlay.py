@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -194,7 +194,7 @@ class Overlay:
         """Nodes of a directory by number, and keys that are hidden in it."""
         inos = list(self.ledger.names.get(parent, {}).values())
         nodes = {ino: node for ino in inos if (node := self.ledger.nodes.get(ino)) is not None}
-        return nodes, set(self.ledger.hidden.get(parent, ()))
+        return nodes, set(self._hidden_in(parent))
 
     def fresh_for(self, parent: int) -> float:
         # What is in a directory that the bucket does not have yet changes by us only.
@@ -1018,7 +1018,7 @@ class Overlay:
 
     def _shown(self, entry: Entry) -> Entry:
         """What the index says of a name. Raises NoSuchPath where we know better."""
-        if entry.key in self.ledger.hidden.get(entry.parent, ()):
+        if (entry.mount, entry.key) in self.ledger.hidden_at:
             raise NoSuchPath(f"no such path: {names.to_text(entry.name)}")
         return self._dressed(entry)
 
@@ -1033,6 +1033,13 @@ class Overlay:
             return None
         return found
 
+    def _hidden_in(self, parent: int) -> Collection[str]:
+        """Keys that are hidden in a directory."""
+        if not self.ledger.hidden:
+            return ()
+        directory = self.entry(parent)
+        return self.ledger.hidden.get((directory.mount, self._own_key(directory)), ())
+
     def _there(self, parent: int, name: bytes) -> Entry:
         found = self._known(parent, name)
         if found is None:
@@ -1040,7 +1047,7 @@ class Overlay:
         return found
 
     def _known_children(self, parent: int) -> list[Entry]:
-        ours, hidden = self.ledger.names.get(parent, {}), self.ledger.hidden.get(parent, ())
+        ours, hidden = self.ledger.names.get(parent, {}), self._hidden_in(parent)
         found = [self._entry_of(self.ledger.nodes[ino]) for ino in ours.values()]
         after = 0
         while page := self._index.known_children(parent, after=after, limit=_PAGE):

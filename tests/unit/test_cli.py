@@ -125,6 +125,7 @@ WRONG = [
     (["xyzzy"], "xyzzy: unknown command (see `datacache --help`)"),
     (["--vresion"], "--vresion: unknown flag"),
     (["mount", "--polcy", "lru", "file:///data", "/mnt"], "--polcy: unknown flag; did you mean --policy?"),
+    (["mount", "--ro", "file:///data", "/mnt"], "--ro: unknown flag; it is read-only without --rw"),
     (["mount", "--polcy=lru", "file:///data", "/mnt"], "--polcy: unknown flag; did you mean --policy?"),
     (["mount", "--token-fil", "/x"], "--token-fil: unknown flag; did you mean --token-file?"),
     (["controller", "--namespce", "x"], "--namespce: unknown flag; did you mean --namespace?"),

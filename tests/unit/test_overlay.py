@@ -7,6 +7,8 @@ import pytest
 
 from datacache.errors import LandingFull, OtherStore
 from datacache.writing import overlay, steps
+from datacache.writing.journal import OpKind
+from datacache.writing.schedule import runnable
 from tests.conftest import AnnouncedLogs
 from tests.support.overlays import Forgotten, Mounted, Place, rename
 
@@ -227,3 +229,41 @@ def test_what_cannot_be_noted_leaves_nothing_behind(mounted: Mounted) -> None:
     finally:
         steps.arm(None)
     assert not mounted.landing.files()
+
+
+@pytest.mark.parametrize("advance", [0, 1000], ids=["listed", "past the TTL"])
+def test_what_was_removed_does_not_come_back_with_a_directory_that_is_made_anew(
+    mounted: Mounted, advance: float
+) -> None:
+    """The bucket has the new directory, and the deletes of what was in the old one have yet to come: so pip
+    replaces a package."""
+
+    def make(path: str) -> None:
+        mounted.overlay.mkdir(*mounted.at(path), mode=0o755, uid=0, gid=0)
+
+    make("/p")
+    make("/p/data")
+    for path in ("/p/data/blob", "/p/old"):
+        mounted.write(path, b"old")
+    mounted.drain()
+    for path in ("/p/data/blob", "/p/old"):
+        mounted.overlay.unlink(*mounted.at(path))
+    for path in ("/p/data", "/p"):
+        mounted.overlay.rmdir(*mounted.at(path))
+    make("/p")
+    mounted.write("/p/new", b"new")
+    while puts := [op for op in runnable(mounted.settling.ops(), ()) if op.kind is OpKind.PUT]:
+        op = mounted.settling.begin(puts[0])
+        assert op is not None
+        mounted.do(op)
+    assert all(op.kind is OpKind.DELETE for op in mounted.settling.ops())
+    mounted.place.clock.advance(advance)
+    wanted: dict[str, bytes | None] = {"/a": b"a", "/b": b"b", "/p": None, "/p/new": b"new"}
+    assert mounted.tree() == wanted
+    make("/p/data")
+    wanted["/p/data"] = None
+    assert mounted.tree() == wanted
+    while mounted.pay():
+        assert mounted.tree() == wanted
+    mounted.place.clock.advance(1000)
+    assert mounted.tree() == wanted
