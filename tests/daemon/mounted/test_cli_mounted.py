@@ -350,7 +350,7 @@ def _notified(listening: socket.socket) -> bytes:
     return listening.recv(100)
 
 
-@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "umount", "SIGKILL"])
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "SIGHUP", "umount", "SIGKILL"])
 def test_in_the_foreground(shell: Shell, end: str) -> None:
     """It tells systemd when it is up, hands signals on, and ends as its daemon does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
