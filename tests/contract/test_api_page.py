@@ -1,9 +1,7 @@
 """docs/api.md says what the control API is: its routes, arguments, answers, errors and bounds."""
 
-import http.client
 import json
 import re
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +17,7 @@ from datacache.reading import load
 from datacache.worker import Worker
 from tests.contract.control_suite import FILES
 from tests.contract.test_control import fill, settings_of
+from tests.support.asking import Asker
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, OPERATIONS = (DOCS / "api.md").read_text(), (DOCS / "operations.md").read_text()
@@ -35,17 +34,9 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
 
 def ask(worker: Worker, method: str, path: str, body: Any = None) -> tuple[int, Any]:
     """Status and answer of one request, as any HTTP client would make it."""
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = socket.socket(socket.AF_UNIX)
-    try:
-        connection.sock.connect(worker.socket)
-        connection.request(method, path, None if body is None else json.dumps(body))
-        response = connection.getresponse()
-        raw = response.read()
-        is_json = response.headers.get_content_type() == "application/json"
-        return response.status, json.loads(raw) if is_json else raw.decode()
-    finally:
-        connection.close()
+    answer = Asker(worker.socket)(method, path, body)
+    text = answer.body.decode()
+    return answer.status, json.loads(text) if answer.kind == "application/json" else text
 
 
 def test_the_page_has_each_route() -> None:
