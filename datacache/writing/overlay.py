@@ -336,9 +336,9 @@ class Overlay:
             self._writable(parent)
             with self.ledger.changing("unlink") as batch:
                 self._take_away(batch, entry, hide=True)
+                self._keep_directory(batch, parent, without=entry.ino)
             with self.ledger.catalogue() as changing:
                 changing.bury(entry.ino)
-            self._keep_directory(parent)
         self.owing.poke()
 
     def rmdir(self, parent: int, name: bytes) -> None:
@@ -354,13 +354,13 @@ class Overlay:
             self._writable(parent)
             if entry.ino in self._roots:
                 raise NotHere(f"{self.path(entry.ino)} is a mount point of the data set")
-            if self._known_children(entry.ino):
+            if self._has_children(entry.ino):
                 raise NotEmpty(self.path(entry.ino))
             with self.ledger.changing("rmdir") as batch:
                 self._take_away(batch, entry, hide=True)
+                self._keep_directory(batch, parent, without=entry.ino)
             with self.ledger.catalogue() as changing:
                 changing.bury(entry.ino)
-            self._keep_directory(parent)
         self.owing.poke()
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, replace: bool) -> None:
@@ -406,7 +406,6 @@ class Overlay:
             for _, new in moved:
                 self._check_key(mount, new.key.removesuffix("/"))
             self._rename(entry, target, moved)
-            self._keep_directory(parent)
         self.owing.poke()
 
     def _sync_successor(self, entry: Entry | None, target: Entry | None) -> None:
@@ -444,7 +443,7 @@ class Overlay:
         if entry.kind is Kind.DIRECTORY:
             if target.kind is not Kind.DIRECTORY:
                 raise NotADirectory(self.path(target.ino))
-            if self._known_children(target.ino):
+            if self._has_children(target.ino):
                 raise NotEmpty(self.path(target.ino))
         elif target.kind is Kind.DIRECTORY:
             raise IsADirectory(self.path(target.ino))
@@ -463,7 +462,9 @@ class Overlay:
                 batch.add_op(op)
             if any(op.key == self._own_key(entry) for op in left):
                 batch.hide(Hidden(entry.parent, entry.name, entry.mount, self._own_key(entry)))
-        top = moved[0][1]
+            top = moved[0][1]
+            if top.parent != entry.parent:
+                self._keep_directory(batch, entry.parent, without=entry.ino)
         with self.ledger.catalogue((entry.parent, entry.name), (top.parent, top.name)) as changing:
             if target is not None:
                 changing.bury(target.ino)
@@ -535,15 +536,15 @@ class Overlay:
             )  # fmt: skip
         return before
 
-    def _keep_directory(self, ino: int) -> None:
-        """A directory whose last entry went away is still there: the bucket needs an object that says so."""
-        if ino in self._roots or ino in self.ledger.nodes or self._known_children(ino):
+    def _keep_directory(self, batch: Batch, ino: int, *, without: int) -> None:
+        """A directory whose last entry, `without`, goes away is still there: the bucket needs an object that
+        says so."""
+        if ino in self._roots or ino in self.ledger.nodes or self._has_children(ino, but=without):
             return
         with suppress(NoSuchPath):
             node = self._node_of(self.entry(ino))._replace(origin=None)
-            with self.ledger.changing("keep") as batch:
-                batch.put_node(node)
-                self.owing.owe_put(batch, node, ANYTHING, due=True)
+            batch.put_node(node)
+            self.owing.owe_put(batch, node, ANYTHING, due=True)
 
     # ---- attributes -------------------------------------------------------------------------------
 
@@ -1045,6 +1046,18 @@ class Overlay:
         if found is None:
             raise NoSuchPath(f"no such path: {names.to_text(name)}")
         return found
+
+    def _has_children(self, parent: int, *, but: int = 0) -> bool:
+        """Whether anything but `but` is known to be in a directory. Looks no further than at one."""
+        ours, hidden = self.ledger.names.get(parent, {}), self._hidden_in(parent)
+        if any(ino != but for ino in ours.values()):
+            return True
+        after, few = 0, 4
+        while page := self._index.known_children(parent, after=after, limit=few):
+            if any(e.ino != but and e.name not in ours and e.key not in hidden for e in page):
+                return True
+            after, few = page[-1].ino, _PAGE  # it may be many that are hidden
+        return False
 
     def _known_children(self, parent: int) -> list[Entry]:
         ours, hidden = self.ledger.names.get(parent, {}), self._hidden_in(parent)

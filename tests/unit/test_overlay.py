@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 
@@ -267,3 +268,34 @@ def test_what_was_removed_does_not_come_back_with_a_directory_that_is_made_anew(
         assert mounted.tree() == wanted
     mounted.place.clock.advance(1000)
     assert mounted.tree() == wanted
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("what", ["unlink", "rename"])
+def test_a_directory_outlives_the_last_file_in_it_and_a_death(
+    mounted: Mounted, what: str, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was there with its file only: with the file goes what says so, unless it is owed at once."""
+    mounted.place.bucket.put("d/e/last", b"last")
+    assert "/d/e/last" in mounted.tree()
+
+    def dies(*_: object, **__: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mounted.overlay.ledger, "catalogue", dies)
+        if what == "unlink":
+            mounted.overlay.unlink(*mounted.at("/d/e/last"))
+        else:
+            rename(mounted, "/d/e/last", "/last")
+    mounted.close()
+    after = Mounted(mounted.place, resumed=resumed)
+    try:
+        after.drain()
+        after.place.clock.advance(1000)
+        tree = after.tree()
+        assert tree["/d/e"] is None
+        assert "/d/e/last" not in tree
+        assert ("/last" in tree) == (what == "rename")
+    finally:
+        after.close()
