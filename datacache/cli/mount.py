@@ -453,7 +453,10 @@ def _ask_the_store(directory: str, *, may_be_empty: bool) -> bool:
         raise
     except DatacacheError as error:
         why = f"nothing within {STORE_TIMEOUT:.0f} s" if isinstance(error, ControlError) else error
-        _say(f"warning: mounted, but its store does not answer ({why}); what is cached is served")
+        _say(
+            f"warning: mounted, but its store does not answer ({why}); what is cached is served; `datacache "
+            "doctor`, with the same URI and flags, says what is wrong"
+        )
         return False
     if not entries and not may_be_empty:
         _say(f"warning: mounted, but there is nothing below {', '.join(worker.uris)}; check the prefix")

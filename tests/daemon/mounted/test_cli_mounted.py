@@ -192,6 +192,7 @@ def test_a_store_that_is_away_is_mounted_with_a_warning(shell: Shell) -> None:
     )
     assert code == 0
     assert "its store does not answer" in err
+    assert "`datacache doctor`, with the same URI and flags, says what is wrong" in err
     assert "breaker open" in shell.do("status", str(shell.mnt))
 
 
