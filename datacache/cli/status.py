@@ -112,7 +112,7 @@ def _stale(mount: "MountInfo") -> dict[str, Any]:
         f"stale: the process that served it is gone; `datacache umount {shlex.quote(mount.directory)}` "
         "takes it off, and so does the next `datacache mount` there"
     )
-    return {"dataset": mount.source, "mount": mount.directory, "pid": 0, "stale": True, "error": error}
+    return {"dataset": mount.source, "mount": mount.directory, "pid": None, "stale": True, "error": error}
 
 
 def describe(status: Mapping[str, Any]) -> list[str]:
