@@ -611,6 +611,7 @@ def test_status_of_a_worker_that_does_not_answer(own_directories: Path, say: Sai
     assert "gone at /mnt/gone" in out
     assert "does not answer (it has ended)" in out
     assert "its daemon has ended, and the next one begins" in between, "the broker of its mount lives"
+    assert "where none does any more, its log says why, and `datacache upgrade` begins one" in between
 
 
 def test_status_is_watched_until_interrupted(worker: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,16 @@ def test_a_worker_is_found_by_what_people_call_it(runtime: str, target: str) -> 
     assert replace(found, born="") == mine
 
 
+def test_of_several_mounts_on_one_directory_the_last_is_found(runtime: str) -> None:
+    """The first was detached, and is still read. By its name, or the URI of both, the first is found."""
+    for number, dataset in enumerate(("old", "new")):
+        registry.register(runtime, replace(registration(runtime, dataset=dataset), started=float(number)))
+    found = {target: registry.find(runtime, target) for target in ("/mnt/train", "old", "s3://bucket/train")}
+    assert {target: one and one.dataset for target, one in found.items()} == {
+        "/mnt/train": "new", "old": "old", "s3://bucket/train": "old",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("target", ["", "/", "trai", "/mnt", "/mnt/train/sub", "s3://bucket", "/var/cache"])
 def test_what_is_not_its_name_does_not_find_it(runtime: str, target: str) -> None:
     """A part of a name, a directory above or below, and nothing at all find nothing."""

@@ -29,6 +29,7 @@ from typing import Any
 import pytest
 
 from datacache.cluster import registry
+from datacache.config.parsing import dump_settings
 from datacache.config.settings import (
     IO,
     CacheSettings,
@@ -417,6 +418,28 @@ def test_readers_do_not_notice_an_upgrade(ranged: Ranged, filled: Path) -> None:
         load.go_on(20)
         load.worst()
     assert "upgraded" in one.log.read_text()
+
+
+@pytest.mark.parametrize("asked", [{"settings": 5}, {"python": 5}, {"settings": "{}"}, 5, None], ids=str)
+def test_whatever_is_asked_of_a_broker_the_mount_goes_on(daemon: Start, filled: Path, asked: Any) -> None:
+    """What means nothing; and settings (None) of which only a newer release knows one: they are looked at."""
+    one = daemon()
+    served, found = daemons(one), one.registered()
+    assert found is not None
+    why = "it does not understand what is asked"
+    if asked is None:
+        other = replace(one.settings, dataset=replace(one.settings.dataset, name="other"))
+        asked = {"settings": json.dumps({**json.loads(dump_settings(other)), "brand_new": 1})}
+        why = "an upgrade cannot change name"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
+        to.settimeout(PATIENCE)
+        with broker._address(registry.broker_socket(found.socket)) as address:
+            to.connect(address)
+        to.sendall(json.dumps(asked).encode() + b"\n")
+        with to.makefile() as answer:
+            assert why in json.loads(answer.readline())["error"]
+    assert daemons(one) == served
+    assert (one.directory / "small0").read_bytes() == (filled / "small0").read_bytes()
 
 
 @pytest.mark.parametrize(
