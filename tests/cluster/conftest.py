@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.binaries import NotBuilt
+from tests.cluster.debian import NoPackages
+from tests.cluster.node import Node, node
 from tests.cluster.plane import ControlPlane, control_plane
 from tests.support.short import tmp_path as tmp_path
 
@@ -32,3 +34,15 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
         except NotBuilt as error:  # `make test-cluster` builds first
             pytest.skip(str(error))
         yield running
+
+
+@pytest.fixture
+def real(plane: ControlPlane, tmp_path: Path) -> Iterator[Node]:
+    """A real node of the plane, of one test."""
+    with contextlib.ExitStack() as running:
+        try:
+            made = running.enter_context(node(plane, tmp_path / "node"))
+        except NoPackages as error:
+            pytest.skip(str(error))
+        yield made
+        plane.kubectl("delete", "node", made.name)

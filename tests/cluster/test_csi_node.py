@@ -1,11 +1,9 @@
 """The driver on a real kubelet: pods of a bucket, from the claim to the end."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,7 @@ import pytest
 
 from datacache.kube.release import DRIVER
 from fuse import mountpoint
-from tests.cluster.debian import NoPackages
-from tests.cluster.node import IMAGE, Node, node
+from tests.cluster.node import IMAGE, Node
 from tests.cluster.plane import ControlPlane, wait_until
 from tests.support.s3 import S3Server
 
@@ -62,17 +59,6 @@ class Driver:
         assert self._process is not None
         self._process.terminate()
         return self._process.wait(60)
-
-
-@pytest.fixture
-def real(plane: ControlPlane, tmp_path: Path) -> Iterator[Node]:
-    with contextlib.ExitStack() as running:
-        try:
-            made = running.enter_context(node(plane, tmp_path / "node"))
-        except NoPackages as error:
-            pytest.skip(str(error))
-        yield made
-        plane.kubectl("delete", "node", made.name)
 
 
 @pytest.fixture

@@ -5,10 +5,8 @@ The driver is our own, with a bucket as any administrator may make a volume of i
 kubelet makes of two volumes that it takes for one.
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,7 @@ from datacache.kube.release import DRIVER
 from datacache.kube.spec import read_dataset
 from fuse import mountpoint
 from tests.cluster.datasets import RELEASE
-from tests.cluster.debian import NoPackages
-from tests.cluster.node import Node, node
+from tests.cluster.node import Node
 from tests.cluster.plane import ControlPlane, wait_until
 from tests.cluster.test_csi_node import BUCKET, READS, Driver, pod, volume
 from tests.support.s3 import S3Server
@@ -32,17 +29,6 @@ pytestmark = [
 ]
 
 SPACE = RELEASE.namespace
-
-
-@pytest.fixture
-def real(plane: ControlPlane, tmp_path: Path) -> Iterator[Node]:
-    with contextlib.ExitStack() as running:
-        try:
-            made = running.enter_context(node(plane, tmp_path / "node"))
-        except NoPackages as error:
-            pytest.skip(str(error))
-        yield made
-        plane.kubectl("delete", "node", made.name)
 
 
 def twin_objects(plane: ControlPlane) -> list[dict[str, Any]]:
